@@ -1,0 +1,113 @@
+"""Causal attention over a flat stream. The model does not know how its tokens are laid out: each layer calls
+
+    attend(layer, query, key, value) -> (T, H, d)
+
+and one of the two objects below, made anew for each stream, knows: `PackedAttention` for training (segments with a
+shared prompt, see packing.py), `KVCache` for generation.
+
+Legend: T tokens of the stream, H query heads, K key/value heads (H a multiple of K), d head dimension, W sliding
+window, S sequences of a cache, C its capacity in tokens, L new tokens of the longest sequence in one call.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from notus.packing import Segment
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """(l, H, d), (s, K, d), (s, K, d) -> (l, H, d): one sequence through torch's kernels; K divides H (GQA)."""
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, tokens, d)
+    grouped = query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, enable_gqa=grouped)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """Boolean mask (..., l, s): a query sees keys at its own position and before, W positions in all."""
+    distance = query_positions.unsqueeze(-1) - key_positions.unsqueeze(-2)
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+class PackedAttention:
+    """Exact attention over a packed stream: nothing is computed for pairs of tokens that cannot see each other.
+
+    Per segment, the prompt and its first answer are one plain causal sequence, so they share one call; each further
+    answer is a call of its own against [prompt | answer]. Tokens meet by position, so a sliding window is exact too.
+    """
+
+    def __init__(self, segments: Sequence[Segment], window: int | None, device: torch.device):
+        self.segments, self.window, self.device = segments, window, device
+        self._masks: dict[tuple[int, int], Tensor] = {}  # shared by the layers of one forward pass
+
+    def __call__(self, _layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, start = [], 0
+        for prompt, answers in self.segments:
+            trunk = slice(start, start + prompt + (answers[0] if answers else 0))
+            out.append(self._causal(query[trunk], key[trunk], value[trunk]))
+            end = trunk.stop
+            for length in answers[1:]:
+                own, shared = slice(end, end + length), slice(start, start + prompt)
+                keys, values = (torch.cat([x[shared], x[own]]) for x in (key, value))  # (prompt + length, K, d)
+                out.append(self._causal(query[own], keys, values))
+                end += length
+            start = end
+        return torch.cat(out)
+
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The queries are the last tokens of the keys' sequence."""
+        rows, cols = len(query), len(key)
+        if rows == cols and (self.window is None or cols <= self.window):
+            return sdpa(query, key, value, is_causal=True)
+        if (rows, cols) not in self._masks:
+            positions = torch.arange(cols, device=self.device)
+            self._masks[rows, cols] = visible(positions[cols - rows :], positions, self.window)  # (rows, cols)
+        return sdpa(query, key, value, mask=self._masks[rows, cols])
+
+
+class KVCache:
+    """Keys and values of S sequences, for generation: `advance` says where the next stream's tokens go, then a forward
+    pass stores and attends. The first stream holds the prompts one after another, each later one a token a sequence.
+
+    Memory: 2 * layers * S * K * C * d elements.
+    """
+
+    def __init__(
+        self, num_layers: int, num_sequences: int, capacity: int, num_kv_heads: int, head_dim: int,
+        window: int | None, dtype: torch.dtype, device: torch.device,
+    ):  # fmt: skip
+        shape = (num_layers, num_sequences, num_kv_heads, capacity, head_dim)
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.window = window
+        self.lengths = [0] * num_sequences
+
+    def advance(self, new_tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """`new_tokens[s]` tokens follow for sequence s. Returns `positions (T,)` and `last (S,)`, the index in the
+        stream of each sequence's last token."""
+        device = self.keys.device
+        counts = torch.tensor(new_tokens, device=device)
+        self._sequence = torch.arange(len(new_tokens), device=device).repeat_interleave(counts)  # (T,)
+        self._row = torch.cat([torch.arange(n, device=device) for n in new_tokens])  # (T,) place among the new tokens
+        self._position = self._row + torch.tensor(self.lengths, device=device)[self._sequence]  # (T,)
+        self.lengths = [old + new for old, new in zip(self.lengths, new_tokens, strict=True)]
+        self._filled, self._longest = max(self.lengths), max(new_tokens)
+        # A place without a token keeps position 0: it sees key 0, so that no row of the mask is empty (NaN).
+        query_positions = self._position.new_zeros(len(new_tokens), self._longest)
+        query_positions[self._sequence, self._row] = self._position
+        key_positions = torch.arange(self._filled, device=device)
+        self._mask = visible(query_positions, key_positions, self.window).unsqueeze(1)  # (S, 1, L, filled)
+        return self._position, counts.cumsum(0) - 1
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = self.keys[layer], self.values[layer]  # (S, K, C, d)
+        keys[self._sequence, :, self._position] = key
+        values[self._sequence, :, self._position] = value
+        rows = query.new_zeros(len(self.lengths), self._longest, *query.shape[1:])  # (S, L, H, d)
+        rows[self._sequence, self._row] = query
+        keys, values = keys[:, :, : self._filled], values[:, :, : self._filled]
+        grouped = query.shape[1] != key.shape[1]
+        out = F.scaled_dot_product_attention(rows.transpose(1, 2), keys, values, self._mask, enable_gqa=grouped)
+        return out.transpose(1, 2)[self._sequence, self._row]
