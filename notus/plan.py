@@ -1,0 +1,148 @@
+"""What a run will cost, before it starts: FLOPs, GiB per GPU by part, hours. Arithmetic on shapes alone.
+
+FLOPs count each useful multiplication once (no credit for recomputation): 2 a parameter and token forward, 4 backward,
+plus attention, on unique tokens: a prompt counts once for both answers.
+
+Legend: T tokens of a stream, R response tokens, D model dimension, V vocabulary, H query heads, K key/value heads.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from notus.data import Pair
+from notus.model import DecoderLayer, MistralConfig, rotary_table
+
+GIB = 2**30
+ASSUMED_MFU = 0.40  # what pre-training stacks publish for 7B models on H100s; DPO stacks publish 0.06 to 0.29
+
+
+@dataclass(frozen=True)
+class Device:
+    """A data sheet: dense bfloat16 FLOP/s and memory."""
+
+    peak_flops: float
+    memory_gib: float
+
+
+DEVICES = {
+    "A100-40GB": Device(312e12, 40),
+    "A100-80GB": Device(312e12, 80),
+    "H100-80GB": Device(989e12, 80),
+    "H200": Device(989e12, 141),
+    "B200": Device(2250e12, 180),
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """By the name that torch.cuda.get_device_name gives; None for a device that is not in the table."""
+    family = next((f for f in ("A100", "H100", "H200", "B200") if f in device_name), None)
+    return next((d.peak_flops for name, d in DEVICES.items() if family and name.startswith(family)), None)
+
+
+def num_parameters(config: MistralConfig) -> tuple[int, int]:
+    """(of all decoder layers, of embedding, last norm and head)."""
+    with torch.device("meta"):
+        layer = sum(p.numel() for p in DecoderLayer(config).parameters())
+    tables = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    return layer * config.num_hidden_layers, tables + config.hidden_size
+
+
+def forward_flops(config: MistralConfig, pairs: Iterable[Pair]) -> float:
+    """One forward pass over the pairs, prompts shared. Forward and backward together are three times this."""
+    layer_parameters, _ = num_parameters(config)
+    attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers  # a query-key meeting
+    head = 2 * config.vocab_size * config.hidden_size  # a scored token
+    total = 0.0
+    for pair in pairs:
+        prompt, chosen, rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+        meetings = prompt * (prompt + 1) / 2
+        meetings += sum(length * prompt + length * (length + 1) / 2 for length in (chosen, rejected))
+        total += 2 * layer_parameters * pair.num_tokens + attention * meetings + head * (chosen + rejected)
+    return total
+
+
+def activation_bytes(config: MistralConfig, dtype: torch.dtype) -> int:
+    """Bytes that one decoder layer keeps for backward, per token of the stream: counted, on the meta device, by asking
+    autograd what it saves. Attention itself, whose kernels differ, is added by hand: query, key and value."""
+    tokens, saved = 64, {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            saved[storage._cdata] = storage  # held, so that no other storage takes its name
+        return tensor
+
+    with torch.device("meta"):
+        layer = DecoderLayer(config).to(dtype)
+        parameters = {p.untyped_storage()._cdata for p in layer.parameters()}
+        x = torch.empty(tokens, config.hidden_size, dtype=dtype, requires_grad=True)
+        rotary = rotary_table(torch.arange(tokens), config.head_dim, config.rope_theta, dtype)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            layer(x, rotary, lambda _layer, query, _key, _value: query * 1, 0)
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    attention = heads * config.head_dim * dtype.itemsize
+    return sum(storage.nbytes() for storage in saved.values()) // tokens + attention
+
+
+def memory_gib(
+    config: MistralConfig,
+    num_gpus: int,
+    dtype: torch.dtype,
+    optimizer: str,
+    micro_batch_tokens: int,
+    recompute_every: int,
+) -> dict[str, float]:
+    """GiB per GPU, by part, at the height of a training step. Not in it: the CUDA context and
+    fragmentation, 1 to 3 GiB."""
+    layers, rest = num_parameters(config)
+    share = (layers + rest) / num_gpus
+    one_layer = layers / config.num_hidden_layers
+    if recompute_every:
+        recomputed = len(range(0, config.num_hidden_layers, recompute_every))
+        kept = (config.num_hidden_layers - recomputed + 1) * activation_bytes(config, dtype)
+        kept += recomputed * config.hidden_size * dtype.itemsize
+    else:
+        kept = config.num_hidden_layers * activation_bytes(config, dtype)
+    scored = 0.8 * micro_batch_tokens  # UltraFeedback: 579 of a pair's 740 tokens are scored
+    parts = {
+        "weights, fp32 shard": 4 * share,
+        "gradients, fp32 shard": 4 * share,
+        f"{optimizer} state, fp32 shard": (8 if optimizer == "adamw" else 4) * share,
+        "gathered weights and gradients": dtype.itemsize * (2 * rest + 3 * one_layer) + 4 * one_layer,
+        "activations": kept * micro_batch_tokens,
+        "head, rows and one chunk of logits": 3 * scored * config.hidden_size * dtype.itemsize
+        + 1024 * config.vocab_size * (4 + dtype.itemsize),
+    }
+    return {name: size / GIB for name, size in parts.items()}
+
+
+def describe_cost(
+    config: MistralConfig, train: Sequence[Pair], test: Sequence[Pair], *, epochs: int, evaluations: int, num_gpus: int,
+    dtype: torch.dtype, optimizer: str, micro_batch_tokens: int, recompute_every: int,
+) -> str:  # fmt: skip
+    """The report of `train.py --dry-run`."""
+    layers, rest = num_parameters(config)
+    forward, forward_test = forward_flops(config, train), forward_flops(config, test)
+    flops = {
+        "training": 3 * forward * epochs,
+        "reference, if nothing is cached": forward + forward_test,
+        f"{evaluations} evaluations": forward_test * evaluations,
+    }
+    total = sum(flops.values())
+    tokens = sum(pair.num_tokens for pair in train)
+    memory = memory_gib(config, num_gpus, dtype, optimizer, micro_batch_tokens, recompute_every)
+    lines = [
+        f"parameters  {layers + rest:,}; {tokens / max(1, len(train)):.0f} unique tokens a pair",
+        f"\nPFLOP       {total / 1e15:,.6g} in all",
+        *(f"  {value / 1e15:>12,.6g}  {name}" for name, value in flops.items()),
+        f"\nGiB         {sum(memory.values()):,.2f} a GPU, estimated: {num_gpus} GPUs, {micro_batch_tokens:,} tokens a micro-batch",
+        *(f"  {size:>12.2f}  {name}" for name, size in memory.items()),
+        f"\nhours on {num_gpus} GPUs at {ASSUMED_MFU:.0%} of the data sheet's bfloat16 FLOP/s (an assumption):",
+    ]
+    for name, device in DEVICES.items():
+        hours = total / (device.peak_flops * num_gpus * ASSUMED_MFU) / 3600
+        fits = "" if sum(memory.values()) + 3 <= device.memory_gib else "   does not fit: fewer micro_batch_tokens"
+        lines.append(f"  {hours:>12.3g}  {name}{fits}")
+    return "\n".join(lines)
