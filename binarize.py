@@ -259,6 +259,7 @@ def write(files: dict[Path, list[bytes]]) -> None:
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     try:
         for path, lines in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary[path], "xb") as file:
                 file.writelines(lines)
                 file.flush()
@@ -317,8 +318,8 @@ def run(args: argparse.Namespace) -> str:
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
     for path in outputs:
-        if path.suffix != ".jsonl" or not path.parent.is_dir():
-            raise ValueError(f"{path}: the output must be a .jsonl file in a folder that exists")
+        if path.suffix != ".jsonl":
+            raise ValueError(f"{path}: the output must be a .jsonl file")
         if path.exists() and not args.overwrite:
             raise ValueError(f"{path}: exists; --overwrite replaces it")
     paths = [path.resolve() for path in [*args.raw, *outputs]]

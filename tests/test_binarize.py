@@ -399,8 +399,13 @@ def test_bad_paths(tmp_path, capsys):
     fails(capsys, tmp_path, "raw.jsonl: given twice", raw, raw, "--output", output)
     fails(capsys, tmp_path, "raw.jsonl: given twice", raw, "--output", raw, "--overwrite")
     fails(capsys, tmp_path, "must be a .jsonl file", raw, "--output", tmp_path / "pairs.parquet")
-    fails(capsys, tmp_path, "must be a .jsonl file", raw, "--output", tmp_path / "none" / "pairs.jsonl")
     fails(capsys, tmp_path, "--test-size 20 cannot be held out", raw, "--output", output, "--test-size", 20)
+
+
+def test_the_output_folder_is_made(tmp_path):
+    raw, output = write_lines(tmp_path / "raw.jsonl", random_records(20)), tmp_path / "new" / "folder" / "pairs.jsonl"
+    assert run(raw, "--output", output) == 0
+    assert output.is_file()
 
 
 def test_existing_outputs_are_kept_unless_told_otherwise(tmp_path, capsys):
