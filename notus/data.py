@@ -60,14 +60,15 @@ def read_rows(paths: Sequence[str | Path]) -> Iterator[Row]:
     """Rows of .jsonl, .jsonl.gz or .json (an array) files, in file order. ValueError names file, line and value."""
     for path in map(Path, paths):
         count = 0
-        for where, record in _records(path):
+        for where, record in read_records(path):
             count += 1
             yield _row(where, record)
         if not count:
             raise ValueError(f"{path}: no rows in it")
 
 
-def _records(path: Path) -> Iterator[tuple[str, object]]:
+def read_records(path: Path) -> Iterator[tuple[str, object]]:
+    """(file:line, value) of every line of .jsonl, .jsonl.gz, or of every element of a .json array."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
@@ -95,7 +96,9 @@ def _row(where: str, record: object) -> Row:
     if "completions" in record:
         raise ValueError(f"{where}: a raw UltraFeedback record; make pairs of it first: python binarize.py --help")
     if {"instruction", "chosen_response", "rejected_response"} <= record.keys():
-        texts = [_text(where, name, record[name]) for name in ("instruction", "chosen_response", "rejected_response")]
+        texts = [
+            check_text(where, name, record[name]) for name in ("instruction", "chosen_response", "rejected_response")
+        ]
         return Row(where, [{"role": "user", "content": texts[0]}], *texts[1:])
     for name in ("chosen", "rejected"):
         if name not in record:
@@ -123,12 +126,16 @@ def _messages(where: str, name: str, value: object) -> list[Message]:
             raise ValueError(f"{where}: {name} holds {_show(message)}; a message has a role and a content")
         if message["role"] not in ("system", "user", "assistant"):
             raise ValueError(f"{where}: {name} has the role {_show(message['role'])}; known: system, user, assistant")
-    return [{"role": m["role"], "content": _text(where, f"{name} content", m["content"])} for m in value]
+    return [{"role": m["role"], "content": check_text(where, f"{name} content", m["content"])} for m in value]
 
 
-def _text(where: str, name: str, value: object) -> str:
+def check_text(where: str, name: str, value: object) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: {name} must be a string, not {_show(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair; no tokenizer takes it
+        raise ValueError(f"{where}: {name} holds {value!a:.80}, which is not text") from None
     return value
 
 

@@ -6,12 +6,15 @@ plus attention, on unique tokens: a prompt counts once for both answers.
 Legend: T tokens of a stream, R response tokens, D model dimension, V vocabulary, H query heads, K key/value heads.
 """
 
+import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from notus.data import Pair
+from notus.metrics import duration
 from notus.model import DecoderLayer, MistralConfig, rotary_table
 
 GIB = 2**30
@@ -123,7 +126,6 @@ def describe_cost(
     dtype: torch.dtype, optimizer: str, micro_batch_tokens: int, recompute_every: int,
 ) -> str:  # fmt: skip
     """The report of `train.py --dry-run`."""
-    layers, rest = num_parameters(config)
     forward, forward_test = forward_flops(config, train), forward_flops(config, test)
     flops = {
         "training": 3 * forward * epochs,
@@ -131,18 +133,41 @@ def describe_cost(
         f"{evaluations} evaluations": forward_test * evaluations,
     }
     total = sum(flops.values())
-    tokens = sum(pair.num_tokens for pair in train)
     memory = memory_gib(config, num_gpus, dtype, optimizer, micro_batch_tokens, recompute_every)
+    needed = sum(memory.values())
     lines = [
-        f"parameters  {layers + rest:,}; {tokens / max(1, len(train)):.0f} unique tokens a pair",
-        f"\nPFLOP       {total / 1e15:,.6g} in all",
-        *(f"  {value / 1e15:>12,.6g}  {name}" for name, value in flops.items()),
-        f"\nGiB         {sum(memory.values()):,.2f} a GPU, estimated: {num_gpus} GPUs, {micro_batch_tokens:,} tokens a micro-batch",
-        *(f"  {size:>12.2f}  {name}" for name, size in memory.items()),
-        f"\nhours on {num_gpus} GPUs at {ASSUMED_MFU:.0%} of the data sheet's bfloat16 FLOP/s (an assumption):",
+        f"parameters  {sum(num_parameters(config)):,}",
+        f"tokens      {sum(pair.num_tokens for pair in train) / len(train):.0f} unique a pair, on average",
+        f"compute     {engineering(total, 'FLOP')}",
+        *(f"  {engineering(value, 'FLOP'):>14}  {name}" for name, value in flops.items()),
+        f"memory      {needed:.2f} GiB a GPU, estimated, with {num_gpus} GPUs and {micro_batch_tokens:,} tokens each",
+        *(f"  {size:>10.2f} GiB  {name}" for name, size in memory.items()),
     ]
-    for name, device in DEVICES.items():
-        hours = total / (device.peak_flops * num_gpus * ASSUMED_MFU) / 3600
-        fits = "" if sum(memory.values()) + 3 <= device.memory_gib else "   does not fit: fewer micro_batch_tokens"
-        lines.append(f"  {hours:>12.3g}  {name}{fits}")
+    if dtype == torch.float32:
+        rate = cpu_flops()
+        lines.append(
+            f"time        {duration(total / rate)} at this CPU's matmul rate, {engineering(rate, 'FLOP/s')}, measured"
+        )
+    else:
+        lines.append(f"time        on {num_gpus} GPUs at {ASSUMED_MFU:.0%} of the data sheet's FLOP/s, an assumption")
+        for name, device in DEVICES.items():
+            fits = "" if needed + 3 <= device.memory_gib else "  (does not fit: lower train.micro_batch_tokens)"
+            lines.append(f"  {duration(total / (device.peak_flops * num_gpus * ASSUMED_MFU)):>14}  {name}{fits}")
     return "\n".join(lines)
+
+
+def cpu_flops(size: int = 1024, seconds: float = 0.2) -> float:
+    """float32 matmul rate of this machine, as it is now: the best of a few products."""
+    a = torch.ones(size, size)
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def engineering(value: float, unit: str) -> str:
+    """6.53e18 -> `6.53 EFLOP`."""
+    exponent = max(0, min(6, int(math.log10(value)) // 3)) if value >= 1 else 0
+    return f"{value / 1000**exponent:.3g} {' kMGTPE'[exponent].strip()}{unit}"

@@ -79,10 +79,10 @@ def _open(path: Path):
 
 @torch.no_grad()
 def load_weights(model: Mistral, model_dir: str | Path, device: torch.device) -> None:
-    """Fill a `meta_model`, sharded or not, on `device`. Parameters are float32, whatever the files hold: at a learning
-    rate of 5e-7 bfloat16 weights would hardly move. Every rank reads its own rows and nothing else."""
-    model.to_empty(device=device)
+    """Fill a `meta_model`, sharded or not, on `device`. Its dtype stays, whatever the files hold: float32 for training,
+    since at a learning rate of 5e-7 bfloat16 weights would hardly move. Every rank reads its own rows and no others."""
     files = check_weights(model_dir, model.config)
+    model.to_empty(device=device)
     by_file = sorted(model.named_parameters(), key=lambda item: (files[item[0]], item[0]))
     opened: tuple[Path, object] | None = None
     for name, parameter in by_file:

@@ -1,0 +1,277 @@
+"""evaluate.py on models whose answers and log-probabilities are known by construction."""
+
+import json
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_mistral_tokenizer
+from tiny import save_checkpoint, tiny_config, tiny_model
+
+from notus.evaluate import main, one_line, read_questions
+from notus.model import Mistral
+from notus.tokenizer import load_tokenizer
+
+VOCAB = 32000
+GAIN = 2.0  # of the head's rows
+
+
+def uniform() -> Mistral:
+    """Every token has probability 1 / VOCAB."""
+    model = Mistral(tiny_config(vocab_size=VOCAB))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "norm" in name else 0.0)
+    return model
+
+
+def chain(tokenizer_dir: Path, text: str) -> Mistral:
+    """A model that says `text` after the newline that ends every prompt, and nothing else: its layers add nothing, so
+    the newest token alone decides. The logit of the next token is GAIN * sqrt(hidden_size), all others are 0."""
+    model, tokenizer = uniform(), load_tokenizer(tokenizer_dir)
+    said = [*tokenizer.encode("\n" + text)[1:], tokenizer.eos_id]  # without the "▁" before the newline
+    with torch.no_grad():
+        for place, (token, following) in enumerate(pairwise(said)):
+            model.model.embed_tokens.weight[token, place] = 1000.0
+            model.lm_head.weight[following, place] = GAIN
+    return model
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, mistral_tokenizer_dir) -> dict[str, Path]:
+    made = {"says42": chain(mistral_tokenizer_dir, "42"), "says7": chain(mistral_tokenizer_dir, "7\t"),
+            "uniform": uniform(), "random": tiny_model(tiny_config(vocab_size=VOCAB))}  # fmt: skip
+    root = tmp_path_factory.mktemp("models")
+    return {name: write_mistral_tokenizer(save_checkpoint(model, root / name)) for name, model in made.items()}
+
+
+def write_rows(path: Path, *rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in (*arguments, "--device", "cpu")])
+
+
+# --- exact-match ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def questions(tmp_path) -> Path:
+    return write_rows(
+        tmp_path / "questions.jsonl",
+        {"instruction": "What is 12 + 30?", "correct_answers": ["forty-two", "\n42 "], "source": "sums"},
+        {"instruction": "What is 3 + 4?\nAnswer with a number.", "correct_answers": ["7"]},
+        {"instruction": "What is 40 + 2?", "correct_answers": ["42"]},
+        {"instruction": "What is 0.42 * 100?", "correct_answers": ["42.", "4", "421"]},
+    )
+
+
+def test_exact_match_counts_right_answers_of_each_model(models, questions, tmp_path, capsys):
+    output = tmp_path / "answers.json"
+    before, after = models["says7"], models["says42"]
+    command = ("exact-match", "--model", before, "--model", after, "--prompts", questions, "--samples", 2)
+    assert run(*command, "--batch-size", 3, "--output", output) == 0
+    lines = capsys.readouterr().out.splitlines()
+    width = max(len(str(before)), len(str(after)))
+    assert lines[:11] == [
+        f"{'model':{width}}  exact match",
+        f"{before!s:{width}}        25.0%  1 of 4",
+        f"{after!s:{width}}        50.0%  2 of 4",
+        "",
+        f"{'prompt':{width}}  What is 12 + 30?",
+        f"{before!s:{width}}  wrong  7",
+        f"{after!s:{width}}  right  42",
+        f"{'right answer':{width}}         forty-two | 42",
+        "",
+        f"{'prompt':{width}}  What is 40 + 2?",
+        f"{before!s:{width}}  wrong  7",
+    ]
+    written = json.loads(output.read_text())
+    assert written["exact_match"] == {str(before): 0.25, str(after): 0.5}
+    assert written["rows"][1] == {
+        "where": f"{questions}:2",
+        "instruction": "What is 3 + 4?\nAnswer with a number.",
+        "correct_answers": ["7"],
+        "answers": {str(before): "7\t", str(after): "42"},
+    }
+    assert [path.name for path in tmp_path.iterdir() if ".tmp" in path.name] == []
+
+
+def test_limit_and_batch_size_change_no_answer(models, questions, tmp_path, capsys):
+    answers = []
+    for options in (["--batch-size", 1], ["--batch-size", 4], ["--limit", 2]):
+        output = tmp_path / "answers.json"
+        command = ("exact-match", "--model", models["random"], "--prompts", questions, "--output", output)
+        assert run(*command, "--max-new-tokens", 6, *options) == 0
+        answers.append([row["answers"] for row in json.loads(output.read_text())["rows"]])
+    assert answers[0] == answers[1]
+    assert answers[2] == answers[0][:2]
+    assert len({str(answer) for answer in answers[0]}) == 4
+    assert "of 2" in capsys.readouterr().out
+
+
+def test_bad_questions_name_file_and_line(models, tmp_path, capsys):
+    good = {"instruction": "a", "correct_answers": ["b"]}
+    path = tmp_path / "bad.jsonl"
+    for row, message in (
+        ([], "a row must be an object, not []"),
+        ({"correct_answers": ["b"]}, "instruction must be a string, not null"),
+        ({"instruction": " ", "correct_answers": ["b"]}, "the instruction is empty"),
+        ({"instruction": "a \ud800", "correct_answers": ["b"]}, "which is not text"),
+        ({"instruction": "a"}, "correct_answers must be a list of texts, not None"),
+        ({"instruction": "a", "correct_answers": "b"}, "correct_answers must be a list of texts, not 'b'"),
+        ({"instruction": "a", "correct_answers": []}, "correct_answers must be a list of texts, not []"),
+        ({"instruction": "a", "correct_answers": ["b", 7]}, "a correct answer must be a string, not 7"),
+        ({"instruction": "a", "correct_answers": ["b", " "]}, "a correct answer is empty: ['b', ' ']"),
+        ({"instruction": "a", "correct_answers": ["None"]}, "UltraFeedback knows none"),
+    ):
+        write_rows(path, good, row)
+        assert run("exact-match", "--model", models["says7"], "--prompts", path) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"{path}:2: ") and message in error and error.count("\n") == 1
+    path.write_text(json.dumps(good) + "\n{")
+    assert run("exact-match", "--model", models["says7"], "--prompts", path) == 2
+    assert f"{path}:2: not JSON" in capsys.readouterr().err
+    path.write_text("\n")
+    assert run("exact-match", "--model", models["says7"], "--prompts", path) == 2
+    assert f"{path}: no questions in it" in capsys.readouterr().err
+
+
+def test_everything_is_checked_before_a_model_is_read(models, questions, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("notus.evaluate.load_model", lambda *_: pytest.fail("weights were read"))
+    first = ("exact-match", "--model", models["says7"])
+    for options, message in (
+        (["--prompts", tmp_path / "none.jsonl"], "none.jsonl: no such file"),
+        (["--prompts", questions, "--model", tmp_path / "nowhere"], "nowhere/config.json: no such file"),
+        (["--prompts", questions, "--output", tmp_path / "nowhere" / "a.json"], "nowhere: no such directory"),
+    ):
+        assert run(*first, *options) == 2
+        assert message in capsys.readouterr().err
+    for option in ("--limit", "--max-new-tokens", "--batch-size"):
+        with pytest.raises(SystemExit, match="2"):
+            run(*first, "--prompts", questions, option, "0")
+        assert "0 must be above 0" in capsys.readouterr().err
+
+
+def test_rows_may_be_an_array(tmp_path):
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps([{"instruction": "a", "correct_answers": ["b"]}] * 3))
+    assert len(read_questions(path)) == 3
+    assert [question.where for question in read_questions(path, limit=1)] == [f"{path}: row 1"]
+
+
+def test_one_line():
+    assert one_line(" a\n\n b ") == "a b"
+    assert one_line("x" * 80) == "x" * 80
+    assert one_line("x" * 81) == "x" * 77 + "..."
+
+
+# --- preferences ---------------------------------------------------------------------------------------------------
+
+
+def preference(prompt: str, chosen: str, rejected: str) -> dict:
+    def conversation(answer):
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+    return {"chosen": conversation(chosen), "rejected": conversation(rejected)}
+
+
+def printed(text: str) -> dict[str, float]:
+    """The figures of a report, by name."""
+    rows = [line.split() for line in text.splitlines()[1:]]
+    return {row[0]: float(row[1].rstrip("%")) / (100 if "%" in row[1] else 1) for row in rows}
+
+
+def test_preferences_of_a_model_known_in_closed_form(models, tmp_path, capsys):
+    data = write_rows(
+        tmp_path / "pairs.jsonl",
+        preference("What is 12 + 30?", "42", "7"),
+        preference("What is 3 + 4?", "7", "42"),
+        preference("What is 40 + 2?", "42", "9"),
+    )
+    assert run("preferences", "--model", models["says42"], "--base", models["uniform"], "--data", data,
+               "--beta", "0.25", "--micro-batch-tokens", 60) == 0  # fmt: skip
+    report = capsys.readouterr().out
+
+    logit = GAIN * math.sqrt(tiny_config().hidden_size)
+    normalizer = math.log(math.exp(logit) + VOCAB - 1)
+    # Tokens of "42</s>": each follows its predecessor in the chain. Of "7</s>": after the newline any token but "4" has
+    # logit 0; after "7" all have.
+    says42 = 0.25 * (3 * (logit - normalizer) + 3 * math.log(VOCAB))
+    says7 = 0.25 * ((-normalizer - math.log(VOCAB)) + 2 * math.log(VOCAB))
+    margins = [says42 - says7, says7 - says42, says42 - says7]
+    expected = {
+        "rewards/accuracies": 2 / 3,
+        "rewards/margins": sum(margins) / 3,
+        "rewards/chosen": (2 * says42 + says7) / 3,
+        "rewards/rejected": (2 * says7 + says42) / 3,
+        "loss": sum(math.log1p(math.exp(-margin)) for margin in margins) / 3,
+    }
+    assert printed(report) == pytest.approx(expected, abs=6e-4)
+    assert report.splitlines()[0] == "3 rows, 3 pairs"
+
+
+def test_a_model_equal_to_its_base_has_loss_log_2_and_no_accuracy(models, tmp_path, capsys):
+    rows = [preference(f"Question {i}?", "word " * (i + 1), "other " * (7 - i)) for i in range(7)]
+    data = write_rows(tmp_path / "pairs.jsonl", *rows)
+    command = ("preferences", "--model", models["random"], "--base", models["random"], "--data", data)
+    assert run(*command, "--micro-batch-tokens", 1) == 0
+    expected = dict.fromkeys(("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"), 0)
+    assert printed(capsys.readouterr().out) == expected | {"loss": 0.6931}
+
+
+def test_micro_batches_and_lengths(models, tmp_path, capsys):
+    rows = [preference(f"Question {i}?", "word " * (3 * i + 1), "other " * (20 - i)) for i in range(7)]
+    data = write_rows(tmp_path / "pairs.jsonl", *rows)
+    command = ("preferences", "--model", models["random"], "--base", models["uniform"], "--data", data)
+    reports = []
+    for options in ([], ["--micro-batch-tokens", 50], ["--max-length", 50, "--max-prompt-length", 40]):
+        assert run(*command, *options) == 0
+        reports.append(capsys.readouterr().out)
+    assert printed(reports[0]) == pytest.approx(printed(reports[1]), abs=2e-4)
+    assert "answers cut" not in reports[0] and "answers cut" in reports[2]
+    assert printed(reports[2]) != pytest.approx(printed(reports[0]), abs=0.1)
+
+
+def test_pairs_without_a_difference_are_left_out_and_counted(models, tmp_path, capsys):
+    data = write_rows(tmp_path / "pairs.jsonl", preference("a", "b", "c"), preference("a", "b", "b"))
+    assert run("preferences", "--model", models["uniform"], "--base", models["uniform"], "--data", data) == 0
+    assert capsys.readouterr().out.startswith("2 rows, 1 dropped: answers are equal, 1 pairs\n")
+
+
+def test_preferences_refuse_bad_input_before_a_model_is_read(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("notus.evaluate.load_model", lambda *_: pytest.fail("weights were read"))
+    data = write_rows(tmp_path / "pairs.jsonl", preference("a", "b", "c"))
+    bad = write_rows(tmp_path / "bad.jsonl", preference("a", "b", "c"), {"chosen": []})
+    other = write_mistral_tokenizer(save_checkpoint(uniform(), tmp_path / "other"))
+    (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    model, base = ("--model", models["says7"]), ("--base", models["uniform"])
+    for options, message in (
+        ([*model, "--base", tmp_path / "nowhere", "--data", data], "nowhere/config.json: no such file"),
+        ([*model, *base, "--data", bad], f"{bad}:2: 'rejected' is missing"),
+        ([*model, *base, "--data", tmp_path / "none.jsonl"], "none.jsonl: no such file"),
+        ([*model, "--base", other, "--data", data], "different tokens of the same pairs"),
+        (
+            [*model, *base, "--data", data, "--max-length", "512"],
+            "--max-prompt-length 512 must be below --max-length 512",
+        ),
+    ):
+        assert run("preferences", *options) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    for value in ("0", "-1", "nan", "inf", "x"):
+        with pytest.raises(SystemExit, match="2"):
+            run("preferences", *model, *base, "--data", data, f"--beta={value}")
+        assert "--beta" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "notus.evaluate", "-h"], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0
+    assert "python -m notus.evaluate exact-match --model BASE --model TRAINED" in result.stdout
