@@ -41,20 +41,21 @@ class PackedAttention:
 
     def __init__(self, segments: Sequence[Segment], window: int | None, device: torch.device):
         self.segments, self.window, self.device = segments, window, device
+        # One piece of the stream for each call: [prompt | first answer], second answer, ... of each segment.
+        self._pieces = [size for prompt, answers in segments for size in (prompt + sum(answers[:1]), *answers[1:])]
         self._masks: dict[tuple[int, int], Tensor] = {}  # shared by the layers of one forward pass
 
     def __call__(self, _layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out, start = [], 0
+        pieces = zip(*(x.split(self._pieces) for x in (query, key, value)), strict=True)
+        out = []
         for prompt, answers in self.segments:
-            trunk = slice(start, start + prompt + (answers[0] if answers else 0))
-            out.append(self._causal(query[trunk], key[trunk], value[trunk]))
-            end = trunk.stop
-            for length in answers[1:]:
-                own, shared = slice(end, end + length), slice(start, start + prompt)
-                keys, values = (torch.cat([x[shared], x[own]]) for x in (key, value))  # (prompt + length, K, d)
-                out.append(self._causal(query[own], keys, values))
-                end += length
-            start = end
+            query, key, value = next(pieces)
+            out.append(self._causal(query, key, value))
+            shared_key, shared_value = key[:prompt], value[:prompt]
+            for _ in answers[1:]:
+                query, key, value = next(pieces)
+                key, value = torch.cat([shared_key, key]), torch.cat([shared_value, value])  # (prompt + length, K, d)
+                out.append(self._causal(query, key, value))
         return torch.cat(out)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ Legend: T tokens of the stream, R rows that are scored, D model dimension, F fee
 H query heads, K key/value heads, d head dimension.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from notus.attention import PackedAttention
+from notus.chat import read_json
 from notus.logprobs import sequence_logps, token_logps
 from notus.packing import Stream
 
@@ -47,44 +47,48 @@ class MistralConfig:
         path = Path(model_dir) / "config.json"
         if not path.is_file():
             raise ValueError(f"{path}: no such file; a model is a directory in Hugging Face layout")
-        try:
-            raw = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        raw = read_json(path)
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         needs = {
-            "model_type": (raw.get("model_type"), ("mistral",)),
-            "hidden_act": (raw.get("hidden_act", "silu"), ("silu",)),
-            "attention_bias": (raw.get("attention_bias", False), (False,)),
-            "rope type": (rope.get("rope_type", rope.get("type", "default")), ("default",)),
+            "model_type": (raw.get("model_type"), "mistral"),
+            "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
+            "attention_bias": (raw.get("attention_bias", False), False),
+            "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         }
         for name, (value, supported) in needs.items():
-            if value not in supported:
-                raise ValueError(f"{path}: {name} is {value!r}; this model needs {supported[0]!r}")
-        try:
-            heads = raw["num_attention_heads"]
-            config = cls(
-                vocab_size=raw["vocab_size"],
-                hidden_size=raw["hidden_size"],
-                intermediate_size=raw["intermediate_size"],
-                num_hidden_layers=raw["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=raw.get("num_key_value_heads", heads),
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
-                rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-                sliding_window=raw.get("sliding_window"),
-                tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                initializer_range=raw.get("initializer_range", 0.02),
-            )
-        except KeyError as error:
-            raise ValueError(f"{path}: {error.args[0]} is missing") from None
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads"):
-            value = getattr(config, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{path}: {name} is {value!r}; it must be a positive whole number")
+            if value != supported:
+                raise ValueError(f"{path}: {name} is {value!r}; this model needs {supported!r}")
+
+        def number(name: str, kind: type, value: float | None) -> int | float:
+            if value is None:
+                raise ValueError(f"{path}: {name} is missing")
+            if type(value) not in (int, kind) or value <= 0:
+                what = "whole number" if kind is int else "number"
+                raise ValueError(f"{path}: {name} is {value!r}; it must be a positive {what}")
+            return kind(value)
+
+        def whole(name: str) -> int:
+            return number(name, int, raw.get(name))
+
+        heads, window = whole("num_attention_heads"), raw.get("sliding_window")
+        config = cls(
+            vocab_size=whole("vocab_size"),
+            hidden_size=whole("hidden_size"),
+            intermediate_size=whole("intermediate_size"),
+            num_hidden_layers=whole("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=number("num_key_value_heads", int, raw.get("num_key_value_heads") or heads),
+            head_dim=number("head_dim", int, raw.get("head_dim") or whole("hidden_size") // heads),
+            rms_norm_eps=number("rms_norm_eps", float, raw.get("rms_norm_eps", 1e-5)),
+            rope_theta=number("rope_theta", float, rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
+            sliding_window=window and number("sliding_window", int, window),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            initializer_range=number("initializer_range", float, raw.get("initializer_range", 0.02)),
+        )
         if heads % config.num_key_value_heads:
             raise ValueError(f"{path}: {heads} heads cannot share {config.num_key_value_heads} key/value heads evenly")
+        if config.head_dim % 2:
+            raise ValueError(f"{path}: head_dim is {config.head_dim}; rotary positions need an even one")
         return config
 
 

@@ -31,6 +31,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from notus.data import Pair
+
 
 class Segment(NamedTuple):
     """Lengths, in tokens, of a prompt and of the answers that share it."""
@@ -88,6 +90,11 @@ def pack(segments: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> S
     return Stream(*map(flat, (ids, positions, source, target, sequence)), tuple(layout), answer_count)
 
 
+def pack_pairs(pairs: Sequence[Pair]) -> Stream:
+    """Sequences 2i and 2i + 1 are the chosen and the rejected answer of pair i."""
+    return pack([(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
+
+
 def deal(lengths: Sequence[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
     """Deal a step's pairs to ranks and micro-batches: `plan[rank][micro_batch]` is a list of indices into `lengths`.
 
@@ -96,8 +103,9 @@ def deal(lengths: Sequence[int], num_ranks: int, budget: int) -> list[list[list[
     micro-batch (Graham 1969). Which pairs make up the step is not decided here, so the plan changes speed and memory,
     never the result. Deterministic: every rank computes the same plan.
     """
+    lengths = [int(length) for length in lengths]
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    per_rank = max(1, -(-sum(lengths) // (budget * num_ranks)))
+    per_rank = max(1, -(-sum(min(length, budget) for length in lengths) // (budget * num_ranks)))
     while True:
         bins: list[list[int]] = [[] for _ in range(per_rank * num_ranks)]
         fill = [(0, b) for b in range(len(bins))]  # a heap of (tokens, bin)
@@ -106,5 +114,10 @@ def deal(lengths: Sequence[int], num_ranks: int, budget: int) -> list[list[list[
             bins[b].append(i)
             heapq.heappush(fill, (tokens + lengths[i], b))
         if all(tokens <= budget or len(bins[b]) == 1 for tokens, b in fill):
-            return [[sorted(bins[rank + m * num_ranks]) for m in range(per_rank)] for rank in range(num_ranks)]
+            break
         per_rank += 1
+    # Ranks wait for each other in every micro-batch, so those that run together are of neighbouring sizes; and who has
+    # the largest of one round has the smallest of the next.
+    largest_first = [sorted(bins[b]) for _, b in sorted(fill, key=lambda item: (-item[0], item[1]))]
+    rounds = [largest_first[m * num_ranks : (m + 1) * num_ranks][:: -1 if m % 2 else 1] for m in range(per_rank)]
+    return [list(micro_batches) for micro_batches in zip(*rounds, strict=True)]

@@ -9,12 +9,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import gradients, hf_logps, hf_twin, pack_pairs, random_pairs, tiny_config, tiny_model, worst
+from tiny import gradients, hf_logps, hf_twin, random_pairs, tiny_config, tiny_model, worst
 from torch import Tensor
 
 from notus.logprobs import sequence_logps, token_logps
 from notus.losses import dpo_loss, preference_metrics
 from notus.model import pair_logps
+from notus.packing import pack_pairs
 
 BETA = 0.3
 NAMES = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from notus.attention import PackedAttention
-from notus.data import Pair
+from notus.data import Pair, PairSet
 from notus.model import Mistral, MistralConfig
-from notus.packing import Segment, Stream, pack
+from notus.packing import Segment
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
@@ -61,8 +62,8 @@ def random_pairs(rng: np.random.Generator, n: int, vocab: int) -> list[Pair]:
     return [Pair(f"random:{i + 1}", ids(12), ids(10), ids(10)) for i in range(n)]
 
 
-def pack_pairs(pairs: list[Pair]) -> Stream:
-    return pack([(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
+def pair_set(pairs: list[Pair]) -> PairSet:
+    return PairSet.of(pairs, Counter())
 
 
 def logits_of(model: Mistral, ids: Tensor, start: int = 0) -> Tensor:

@@ -1,0 +1,239 @@
+"""model.py: law 3, the logits and gradients of transformers' Mistral, and how a checkpoint's config.json is read."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import config_json, gradients, hf_twin, logits_of, random_pairs, tiny_config, tiny_model, worst
+from torch import Tensor
+from transformers import MistralConfig as HFConfig
+from transformers import MistralForCausalLM
+
+from notus.model import Mistral, MistralConfig, pair_logps, rotary_table
+from notus.packing import pack_pairs
+from notus.weights import meta_model
+
+MISTRAL_7B = MistralConfig(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    sliding_window=4096,
+    tie_word_embeddings=False,
+)
+
+
+def random_config(rng: np.random.Generator, gqa_ratio: int) -> MistralConfig:
+    kv_heads = int(rng.integers(1, 3))
+    return tiny_config(
+        vocab_size=int(rng.integers(20, 200)),
+        hidden_size=int(rng.integers(8, 40)),
+        intermediate_size=int(rng.integers(8, 60)),
+        num_hidden_layers=int(rng.integers(1, 4)),
+        num_attention_heads=kv_heads * gqa_ratio,
+        num_key_value_heads=kv_heads,
+        head_dim=int(rng.choice([2, 4, 6, 10])),
+        rms_norm_eps=float(rng.choice([1e-6, 1e-5, 1e-2])),
+        rope_theta=float(rng.choice([1e4, 1e6])),
+        sliding_window=[None, 2, 5, 1000][rng.integers(4)],
+        tie_word_embeddings=bool(rng.integers(2)),
+    )
+
+
+# --- law 3 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gqa_ratio", [1, 2, 4, 8])
+def test_logits_and_gradients_are_those_of_transformers_on_random_configurations(gqa_ratio: int):
+    rng = np.random.default_rng(gqa_ratio)
+    largest = {"logits": 0.0, "gradients": 0.0}  # differences, relative to the largest entry
+    for seed in range(6):
+        config = random_config(rng, gqa_ratio)
+        model = tiny_model(config, seed, torch.float32)
+        twin = hf_twin(model, attention="sdpa" if seed % 2 else "eager")
+        ids = torch.from_numpy(rng.integers(0, config.vocab_size, 24))
+        ours, theirs = logits_of(model, ids), twin(ids[None]).logits[0]  # (T, V)
+        largest["logits"] = max(largest["logits"], worst({"": ours.detach()}, {"": theirs.detach()}))
+        # Cross-entropy of the next token, with the same targets for both.
+        losses = [torch.nn.functional.cross_entropy(logits[:-1], ids[1:]) for logits in (ours, theirs)]
+        error = worst(gradients(losses[0], model), gradients(losses[1], twin))
+        largest["gradients"] = max(largest["gradients"], error)
+        assert largest["logits"] < 1e-5, config
+        assert largest["gradients"] < 5e-5, config
+    print(f"GQA {gqa_ratio}: {largest}")  # pytest -s shows it
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_names_shapes_and_order_of_parameters_are_those_of_transformers(tied: bool):
+    config = tiny_config(tie_word_embeddings=tied)
+    with torch.device("meta"):
+        twin = MistralForCausalLM(HFConfig(**config_json(config, spelling=5)))
+    theirs = {name: parameter.shape for name, parameter in twin.named_parameters()}
+    ours = {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
+    assert ours == theirs
+    assert meta_model(config).state_dict().keys() == ours.keys()  # no buffers
+    assert ("lm_head.weight" in ours) is not tied
+
+
+def test_mistral_7b_has_its_291_tensors_and_7241732096_parameters():
+    parameters = list(meta_model(MISTRAL_7B).parameters())
+    assert len(parameters) == 291
+    assert sum(parameter.numel() for parameter in parameters) == 7_241_732_096
+
+
+# --- the forward pass ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("every", "recomputed"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (9, [0])])
+def test_recomputed_layers_give_identical_gradients(every: int, recomputed: list[int]):
+    model = tiny_model(tiny_config(num_hidden_layers=5, sliding_window=6))
+    stream = pack_pairs(random_pairs(np.random.default_rng(0), 4, model.config.vocab_size))
+    plain = gradients(pair_logps(model, stream).sum(), model)
+    runs = [0] * 5
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+    model.model.recompute_every = every
+    logps = pair_logps(model, stream)
+    assert runs == [1] * 5
+    again = gradients(logps.sum(), model)
+    assert all(torch.equal(again[name], plain[name]) for name in plain)
+    assert [index for index in range(5) if runs[index] == 2] == recomputed
+    with torch.no_grad():
+        assert torch.equal(pair_logps(model, stream), logps)
+
+
+def test_log_probs_are_those_of_the_logits():
+    model = tiny_model(tiny_config())
+    stream = pack_pairs(random_pairs(np.random.default_rng(1), 3, model.config.vocab_size))
+    seen = {}
+
+    def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:  # each token sees itself alone
+        seen[layer] = query.shape, key.shape, value.shape
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+    inputs = stream.input_ids, stream.positions, attend, stream.source
+    logits, logps = model(*inputs), model(*inputs, stream.target)
+    assert logits.shape == (len(stream.target), model.config.vocab_size)
+    assert torch.allclose(logps, logits.log_softmax(-1).gather(1, stream.target[:, None]).squeeze(1), rtol=1e-13)
+    tokens = len(stream.input_ids)
+    assert seen == dict.fromkeys((0, 1), ((tokens, 4, 6), (tokens, 2, 6), (tokens, 2, 6)))
+
+
+def test_rotary_tables_stay_float32_beside_a_bfloat16_model():
+    positions = torch.tensor([0, 1, 511, 2000, 32767])
+    angles = positions.double()[:, None] * 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)  # (T, d/2)
+    for dtype, wide, tolerance in (
+        (torch.bfloat16, torch.float32, 4e-3),  # an angle near 32767 is known to 2e-3
+        (torch.float32, torch.float32, 4e-3),
+        (torch.float64, torch.float64, 1e-10),
+    ):
+        cos, sin = rotary_table(positions, 8, 10000.0, dtype)
+        assert cos.dtype == sin.dtype == wide
+        assert cos.shape == sin.shape == (5, 1, 4)
+        assert torch.allclose(cos[:, 0].double(), angles.cos(), rtol=0, atol=tolerance)
+        assert torch.allclose(sin[:, 0].double(), angles.sin(), rtol=0, atol=tolerance)
+
+
+def test_bfloat16_is_as_close_to_float32_at_position_2000_as_at_the_start():
+    wide = tiny_model(tiny_config(), dtype=torch.float32)
+    narrow = tiny_model(tiny_config(), dtype=torch.bfloat16)
+    ids = torch.randint(97, (32,), generator=torch.Generator().manual_seed(0))
+    errors = []
+    for start in (0, 2000):
+        exact, ours = (logits_of(model, ids, start).detach() for model in (wide, narrow))
+        assert ours.dtype == torch.float32
+        errors.append(float((ours - exact).norm() / exact.norm()))
+    assert errors[0] < 0.03
+    assert errors[1] < 1.3 * errors[0]
+
+
+def test_initialize_is_a_function_of_the_seed():
+    config = tiny_config(hidden_size=64, initializer_range=0.05)
+    first, again, other = Mistral(config), Mistral(config), Mistral(config)
+    first.initialize(1), again.initialize(1), other.initialize(2)
+    for (name, parameter), same, different in zip(
+        first.named_parameters(), again.parameters(), other.parameters(), strict=True
+    ):
+        assert torch.equal(parameter, same)
+        if parameter.ndim == 1:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+        else:
+            assert not torch.equal(parameter, different), name
+            assert 0.04 < parameter.std().item() < 0.06, name
+
+
+# --- config.json ---------------------------------------------------------------------------------------------------
+
+
+def write(directory: Path, raw: dict) -> Path:
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+def test_both_spellings_of_config_json_read_the_same(tmp_path: Path):
+    config = tiny_config(rope_theta=123456.0, sliding_window=77, rms_norm_eps=3e-6, tie_word_embeddings=True)
+    for spelling in (4, 5):
+        assert MistralConfig.read(write(tmp_path, config_json(config, spelling))) == config
+    HFConfig(**config_json(config, spelling=5)).save_pretrained(tmp_path)  # as the installed version writes it
+    assert MistralConfig.read(tmp_path) == config
+
+
+def test_mistral_7bs_own_config_json(tmp_path: Path):
+    raw = {  # mistralai/Mistral-7B-v0.1, word for word; it has no head_dim
+        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+        "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000,
+    }  # fmt: skip
+    assert MistralConfig.read(write(tmp_path, raw)) == MISTRAL_7B
+
+
+def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path: Path):
+    raw = {name: 8 for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    raw |= {"model_type": "mistral", "num_attention_heads": 4, "head_dim": None}
+    config = MistralConfig.read(write(tmp_path, raw))
+    assert (config.head_dim, config.num_key_value_heads, config.rope_theta) == (2, 4, 10000.0)
+    assert (config.sliding_window, config.tie_word_embeddings, config.initializer_range) == (None, False, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'; this model needs 'mistral'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this model needs 'silu'"),
+        ({"attention_bias": True}, "attention_bias is True"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type is 'linear'; this model needs 'default'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type is 'yarn'"),
+        ({"vocab_size": 0}, "vocab_size is 0; it must be a positive whole number"),
+        ({"hidden_size": "20"}, "hidden_size is '20'"),
+        ({"intermediate_size": 3.5}, "intermediate_size is 3.5"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"num_key_value_heads": 3}, "4 heads cannot share 3 key/value heads evenly"),
+        ({"vocab_size": ...}, "vocab_size is missing"),
+        ({"num_attention_heads": ...}, "num_attention_heads is missing"),
+    ],
+    ids=str,
+)
+def test_an_unusable_config_json_is_refused_with_its_name_and_value(tmp_path: Path, change: dict, message: str):
+    raw = {name: value for name, value in (config_json(tiny_config()) | change).items() if value is not ...}
+    with pytest.raises(ValueError) as caught:
+        MistralConfig.read(write(tmp_path, raw))
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
+    assert message in str(caught.value)
+
+
+def test_a_config_json_that_is_absent_or_not_json_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"config\.json: no such file"):
+        MistralConfig.read(tmp_path)
+    (tmp_path / "config.json").write_text('{\n"vocab_size": 3,\n}')
+    with pytest.raises(ValueError, match=r"config\.json:[23]: not JSON: "):
+        MistralConfig.read(tmp_path)

@@ -1,0 +1,171 @@
+"""packing.py: law 4, sharing prompts and packing change nothing but speed; and the dealing of a step to ranks."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import gradients, hf_logps, hf_twin, logits_of, random_pairs, tiny_config, tiny_model, worst
+from torch import Tensor
+
+from notus.attention import PackedAttention
+from notus.data import Pair
+from notus.logprobs import sequence_logps
+from notus.model import Mistral, pair_logps
+from notus.packing import Segment, Stream, deal, pack, pack_pairs
+
+
+def stream_logps(model: Mistral, stream: Stream) -> Tensor:
+    """-> (S,): any stream, not only one of pairs."""
+    attend = PackedAttention(stream.segments, model.config.sliding_window, stream.input_ids.device)
+    logps = model(stream.input_ids, stream.positions, attend, stream.source, stream.target)  # (R,)
+    return sequence_logps(logps, stream.sequence, stream.num_sequences)
+
+
+def alone(model: Mistral, pairs: list[Pair]) -> Tensor:
+    """One sequence at a time, unpacked, with all its logits -> (P, 2)."""
+    logps = []
+    for pair in pairs:
+        for answer in (pair.chosen, pair.rejected):
+            ids = torch.from_numpy(np.concatenate([pair.prompt, answer]).astype(np.int64))
+            scores = logits_of(model, ids)[len(pair.prompt) - 1 : -1].log_softmax(-1)  # (R, V)
+            logps.append(scores.gather(1, ids[len(pair.prompt) :, None]).sum())
+    return torch.stack(logps).view(-1, 2)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_shared_prompts_and_packing_change_neither_log_probs_nor_gradients(window: int | None, tied: bool):
+    model = tiny_model(tiny_config(sliding_window=window, tie_word_embeddings=tied))
+    pairs = random_pairs(np.random.default_rng(3), 6, model.config.vocab_size)
+    pairs.append(Pair("one token each", *(np.array([i], dtype=np.int32) for i in (1, 7, 2))))
+    scale = torch.randn(len(pairs), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unshared = pack([(pair.prompt, [answer]) for pair in pairs for answer in (pair.chosen, pair.rejected)])
+    assert len(pack_pairs(pairs).input_ids) < len(unshared.input_ids)
+
+    truth = alone(model, pairs)
+    truth_gradients = gradients((truth * scale).sum(), model)
+    assert truth.min() < -50  # far from zero, so that the agreement below says something
+    for ours in (pair_logps(model, pack_pairs(pairs)), stream_logps(model, unshared).view(-1, 2)):
+        assert torch.allclose(ours, truth, rtol=1e-13, atol=0)
+        assert worst(gradients((ours * scale).sum(), model), truth_gradients) < 1e-12
+
+    twin = hf_twin(model)  # its norms, angles and softmax are float32 even in a float64 model
+    theirs = torch.stack([hf_logps(twin, pair.prompt, a) for pair in pairs for a in (pair.chosen, pair.rejected)])
+    assert torch.allclose(truth, theirs.view(-1, 2), rtol=1e-5, atol=0)
+    assert worst(truth_gradients, gradients((theirs.view(-1, 2) * scale).sum(), twin)) < 1e-4
+
+
+def test_micro_batches_add_up_to_the_whole():
+    model = tiny_model(tiny_config())
+    pairs = random_pairs(np.random.default_rng(4), 7, model.config.vocab_size)
+    whole = gradients(pair_logps(model, pack_pairs(pairs)).sum(), model)
+    for micro_batch in (pairs[:3], pairs[3:4], pairs[4:]):
+        pair_logps(model, pack_pairs(micro_batch)).sum().backward()
+    assert worst({name: parameter.grad for name, parameter in model.named_parameters()}, whole) < 1e-12
+
+
+def test_pack_lays_the_pair_drawn_in_its_docstring():
+    p0, p1, p2, c0, c1, r0, r1, r2 = range(10, 18)
+    stream = pack([([p0, p1, p2], ([c0, c1], [r0, r1, r2]))])
+    place = {token: index for index, token in enumerate(stream.input_ids.tolist())}
+    assert stream.input_ids.tolist() == [p0, p1, p2, c0, c1, r0, r1, r2]
+    assert stream.positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5]
+    assert stream.target.tolist() == [c0, c1, r0, r1, r2]
+    assert stream.source.tolist() == [place[token] for token in (p2, c0, p2, r0, r1)]
+    assert stream.sequence.tolist() == [0, 0, 1, 1, 1]
+    assert stream.segments == (Segment(3, (2, 3)),)
+    assert stream.num_sequences == 2
+
+
+def test_pack_continues_counting_over_segments_of_any_number_of_answers():
+    stream = pack([([5], ()), (np.array([6, 7]), ([8],)), ([9], ([1], [2, 3], [4]))])
+    assert stream.input_ids.tolist() == [5, 6, 7, 8, 9, 1, 2, 3, 4]
+    assert stream.positions.tolist() == [0, 0, 1, 2, 0, 1, 1, 2, 1]
+    assert stream.target.tolist() == [8, 1, 2, 3, 4]
+    assert stream.source.tolist() == [2, 4, 4, 6, 4]
+    assert stream.sequence.tolist() == [0, 1, 2, 2, 3]
+    assert stream.segments == (Segment(1, ()), Segment(2, (1,)), Segment(1, (1, 2, 1)))
+    assert stream.num_sequences == 4
+    for tensor in (stream.input_ids, stream.positions, stream.source, stream.target, stream.sequence):
+        assert tensor.dtype == torch.int64
+
+
+def test_an_empty_pack_adds_exactly_nothing_and_reaches_every_parameter():
+    model = tiny_model(tiny_config())
+    logps = pair_logps(model, pack([]))
+    assert logps.shape == (0, 2)
+    logps.sum().backward()
+    assert logps.sum().item() == 0.0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name  # it takes part in every collective
+        assert torch.count_nonzero(parameter.grad) == 0, name
+
+
+def test_an_answer_without_tokens_scores_zero_and_leaves_the_other_as_it_was():
+    model = tiny_model(tiny_config())
+    (alone,) = stream_logps(model, pack([([1, 2], [[3, 4]])])).tolist()
+    assert stream_logps(model, pack([([1, 2], [[], [3, 4]])])).tolist() == [0.0, pytest.approx(alone, rel=1e-13)]
+    assert stream_logps(model, pack([([1, 2], [[3, 4], []])])).tolist() == [pytest.approx(alone, rel=1e-13), 0.0]
+
+
+def test_a_prompt_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="a prompt needs at least one token"):
+        pack([([1], ([2],)), ([], ([3],))])
+
+
+def test_stream_moves_as_a_whole():
+    stream = pack([([1, 2], ([3], [4]))]).to(torch.device("meta"))
+    tensors = [value for value in vars(stream).values() if isinstance(value, Tensor)]
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * 5
+    assert stream.segments == (Segment(2, (1, 1)),)
+
+
+# --- dealing -------------------------------------------------------------------------------------------------------
+
+
+def ultrafeedback_lengths(rng: np.random.Generator, pairs: int) -> list[int]:
+    """Tokens of pairs, log-normal about what UltraFeedback has: prompt mean 212 (median 113), chosen 307, rejected
+    273, cut as the recipe cuts (prompt 512, answers 512)."""
+    prompt_sigma = (2 * np.log(212 / 113)) ** 0.5
+    prompt = rng.lognormal(np.log(113), prompt_sigma, pairs)
+    chosen, rejected = (rng.lognormal(np.log(mean) - 0.8**2 / 2, 0.8, pairs) for mean in (307, 273))
+    lengths = sum(np.clip(x, 1, 512).astype(int) for x in (prompt, chosen, rejected))
+    return lengths.tolist()
+
+
+@pytest.mark.parametrize(
+    ("pairs", "num_ranks", "budget"),
+    [(64, 8, 16384), (64, 8, 4096), (64, 1, 2048), (64, 3, 1700), (5, 8, 4096), (1, 2, 100), (7, 2, 10), (0, 4, 512)],
+)
+def test_deal_gives_every_pair_once_within_the_budget_and_the_same_number_of_micro_batches(
+    pairs: int, num_ranks: int, budget: int
+):
+    lengths = ultrafeedback_lengths(np.random.default_rng(pairs), pairs)
+    plan = deal(lengths, num_ranks, budget)
+    assert len(plan) == num_ranks
+    assert len({len(micro_batches) for micro_batches in plan}) == 1
+    assert len(plan[0]) >= 1
+    dealt = [i for micro_batches in plan for micro_batch in micro_batches for i in micro_batch]
+    assert sorted(dealt) == list(range(pairs))
+    for micro_batches in plan:
+        for micro_batch in micro_batches:
+            assert len(micro_batch) <= 1 or sum(lengths[i] for i in micro_batch) <= budget
+    assert deal(lengths, num_ranks, budget) == plan  # every rank computes it for itself
+
+
+def test_deal_takes_no_more_micro_batches_than_it_needs():
+    assert [len(rank) for rank in deal([10] * 8, 2, 40)] == [1, 1]
+    assert [len(rank) for rank in deal([10] * 8, 2, 39)] == [2, 2]
+    assert deal([100, 1, 1], 1, 10) == [[[0], [1, 2]]]  # longer than the budget: a micro-batch of its own
+
+
+@pytest.mark.parametrize("budget", [16384, 4096])
+def test_deal_keeps_the_ranks_equally_busy_on_lengths_like_ultrafeedbacks(budget: int):
+    """Every rank waits for the busiest one. 64 pairs over 8 ranks, as the recipe has it."""
+    rng = np.random.default_rng(0)
+    waits = []
+    for _ in range(200):
+        lengths = ultrafeedback_lengths(rng, 64)
+        tokens = [sum(lengths[i] for m in rank for i in m) for rank in deal(lengths, 8, budget)]
+        waits.append(max(tokens) / np.mean(tokens) - 1)
+    assert np.mean(waits) < 0.02, f"mean {np.mean(waits):.2%}, worst {max(waits):.2%}"
+    assert max(waits) < 0.05, f"mean {np.mean(waits):.2%}, worst {max(waits):.2%}"
