@@ -8,11 +8,15 @@ Rows may have any of these shapes, recognized by their keys; `messages` are [{"r
     {"instruction": "...", "chosen_response": "...", "rejected_response": "..."}  argilla's, Notus-7B-v1's own data
 """
 
+import fcntl
 import gzip
+import hashlib
 import json
+import os
+import shutil
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,16 +45,32 @@ class Pair(NamedTuple):
     chosen: np.ndarray  # int32, ends with EOS unless truncated
     rejected: np.ndarray
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the pair's segment in a stream: the prompt counts once."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
 
+class PairSet(Sequence[Pair]):
+    """P pairs as views of one flat array of ids, so that the token cache can map it from the disk."""
 
-@dataclass(frozen=True)
-class PairSet:
-    pairs: list[Pair]
-    counts: Counter  # what happened to how many rows, by reason
+    def __init__(self, ids: np.ndarray, bounds: np.ndarray, where: np.ndarray, counts: Counter):
+        self.ids = ids  # (N,) int32, all pairs one after another
+        self.bounds = bounds  # (P, 4) int64: where prompt, chosen, rejected begin, and the end
+        self.where = where  # (P,) file:line
+        self.counts = counts  # what happened to how many rows, by reason
+        self.lengths = np.diff(bounds, axis=1)  # (P, 3) tokens of prompt, chosen, rejected
+        self.num_tokens = self.lengths.sum(axis=1)  # (P,) of a pair's segment in a stream: the prompt counts once
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, index: int) -> Pair:
+        start, chosen, rejected, end = self.bounds[index].tolist()
+        return Pair(str(self.where[index]), self.ids[start:chosen], self.ids[chosen:rejected], self.ids[rejected:end])
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], counts: Counter) -> "PairSet":
+        parts = [ids for pair in pairs for ids in pair[1:]]
+        ends = np.cumsum([0, *map(len, parts)])
+        bounds = np.stack([ends[0:-1:3], ends[1::3], ends[2::3], ends[3::3]], axis=1)
+        ids = np.concatenate(parts).astype(np.int32) if parts else np.empty(0, np.int32)
+        return cls(ids, bounds, np.array([pair.where for pair in pairs], dtype=str), counts)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -86,7 +106,7 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
         except json.JSONDecodeError as error:
             line_number = error.lineno if path.name.endswith((".json", ".json.gz")) else line_number
             raise ValueError(f"{path}:{line_number}: not JSON: {error.msg} at column {error.colno}") from None
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{path}: cannot be read as text: {error}") from None
 
 
@@ -107,7 +127,8 @@ def _row(where: str, record: object) -> Row:
     prompt = record.get("prompt")
     if isinstance(prompt, list):
         prompt = _messages(where, "prompt", prompt)
-        chosen, rejected = prompt + chosen, prompt + rejected
+        if chosen[: len(prompt)] != prompt:  # some files repeat the prompt in front of the answers
+            chosen, rejected = prompt + chosen, prompt + rejected
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(f"{where}: chosen and rejected answer different prompts: all turns but the last must be equal")
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
@@ -157,13 +178,73 @@ def load_pairs(
     bos: bool,
     system_prompt: str | None,
     drop_bad_pairs: bool = False,
+    cache_dir: str | Path | None = None,
 ) -> PairSet:
     """Read, check, render, tokenize and truncate.
 
     A pair whose answers are equal, or one of them empty, teaches nothing: ValueError, or with `drop_bad_pairs` it is
     left out and counted. Pairs that only truncation makes equal are always left out and counted.
+
+    With a `cache_dir` the result is kept there, under a name made of all that it depends on, and mapped from the disk
+    the next time. Of the processes of a machine one does the work; the others wait for it.
     """
+    settings = (max_length, max_prompt_length, bos, system_prompt, drop_bad_pairs)
+    if cache_dir is None or not paths:
+        return _make_pairs(paths, tokenizer, template, *settings)
+    made_of = [file_digest(path) for path in (*paths, tokenizer.path)]
+    made_of += [TOKENS_VERSION, template.source, tokenizer.bos_id, template.eos_token, *settings]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+    directory = Path(cache_dir) / key
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with directory.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed when the process ends, however it ends
+        if not directory.is_dir():
+            _write_pairs(directory, _make_pairs(paths, tokenizer, template, *settings))
+    return _read_pairs(directory)
+
+
+TOKENS_VERSION = 1  # raise it when the same text would give other ids
+ARRAYS = ("ids", "bounds", "where")
+
+
+def _write_pairs(directory: Path, pairs: PairSet) -> None:
+    building = directory.with_suffix(".tmp")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    for name in ARRAYS:
+        with (building / f"{name}.npy").open("wb") as file:
+            np.save(file, getattr(pairs, name), allow_pickle=False)
+            os.fsync(file.fileno())
+    (building / "counts.json").write_text(json.dumps(pairs.counts))
+    building.replace(directory)
+
+
+def _read_pairs(directory: Path) -> PairSet:
+    try:
+        arrays = [np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ARRAYS]
+        pairs = PairSet(*arrays, Counter(json.loads((directory / "counts.json").read_text())))
+        if len(pairs.where) != len(pairs) or pairs.bounds[-1, -1] != len(pairs.ids):
+            raise ValueError("the arrays do not fit together")
+        return pairs
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{directory}: damaged token cache, delete it to have it made anew: {error}") from None
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _make_pairs(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, template: ChatTemplate,
+    max_length: int, max_prompt_length: int, bos: bool, system_prompt: str | None, drop_bad_pairs: bool,
+) -> PairSet:  # fmt: skip
     counts: Counter = Counter()
+    if not paths:
+        return PairSet.of([], counts)
     rows = []
     for row in read_rows(paths):
         counts["rows"] += 1
@@ -176,10 +257,10 @@ def load_pairs(
             rows.append(row)
 
     pairs = []
+    begin = [tokenizer.bos_id] if bos else []
     for row, (prompt, chosen, rejected) in zip(rows, _tokenize(rows, tokenizer, template, system_prompt), strict=True):
-        split, merged = _split(prompt, chosen, rejected)
-        counts["prompt and answer share a token"] += merged
-        begin = [tokenizer.bos_id] if bos else []
+        split = _split(prompt, chosen, rejected)
+        counts["prompt and answer share a token"] += split < len(prompt)
         prompt, chosen, rejected = begin + chosen[:split], chosen[split:], rejected[split:]
         lengths = len(prompt), len(chosen), len(rejected)
         prompt, chosen, rejected = truncate(prompt, chosen, rejected, max_length, max_prompt_length, len(begin))
@@ -192,7 +273,7 @@ def load_pairs(
     if not pairs:
         raise ValueError(f"{', '.join(map(str, paths))}: no pair is left of {counts['rows']} rows")
     counts["pairs"] = len(pairs)
-    return PairSet(pairs, +counts)
+    return PairSet.of(pairs, +counts)
 
 
 def _bad_pair(row: Row) -> tuple[str, str] | None:
@@ -228,14 +309,12 @@ def close(text: str, template: ChatTemplate) -> str:
     return text + template.eos_token
 
 
-def _split(prompt: list[int], chosen: list[int], rejected: list[int]) -> tuple[int, bool]:
+def _split(prompt: list[int], chosen: list[int], rejected: list[int]) -> int:
     """Where the answers begin: after the prompt's ids, or, if a token reaches over that border, before it."""
-    common = 0
-    for ids in zip(prompt, chosen, rejected, strict=False):
-        if len(set(ids)) > 1:
-            break
-        common += 1
-    return common, common < len(prompt)
+    if chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        return len(prompt)
+    differ = (i for i, ids in enumerate(zip(prompt, chosen, rejected, strict=False)) if len(set(ids)) > 1)
+    return next(differ, min(len(prompt), len(chosen), len(rejected)))
 
 
 def truncate(
@@ -251,10 +330,6 @@ def truncate(
         room = max_length - max_prompt_length
         chosen, rejected = chosen[:room], rejected[:room]
     return prompt, chosen, rejected
-
-
-def largest_id(pairs: Iterable[Pair]) -> int:
-    return max((int(ids.max()) for pair in pairs for ids in pair[1:]), default=-1)
 
 
 def describe_counts(counts: Counter) -> str:

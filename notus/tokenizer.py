@@ -31,6 +31,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path, vocab: dict[str, int]):
+        self.path = path
         self.vocab_size = max(vocab.values()) + 1
         self.bos_id = _special_id(path, vocab, "bos_token", "<s>")
         self.eos_id = _special_id(path, vocab, "eos_token", "</s>")

@@ -124,12 +124,12 @@ def test_where_the_special_tokens_are_looked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer_config.json", '{"chat_template": ', "not valid JSON"),
+        ("tokenizer_config.json", '{"chat_template": ', "not JSON"),
         ("tokenizer_config.json", "[]", "expected a JSON object"),
         ("tokenizer_config.json", {"chat_template": [{"name": "rag", "template": ""}]}, "named 'default'"),
         ("tokenizer_config.json", {"chat_template": 7}, "neither a string"),
         ("tokenizer_config.json", {"chat_template": "one\n{% if %}"}, "line 2"),
-        ("special_tokens_map.json", "{", "not valid JSON"),
+        ("special_tokens_map.json", "{", "not JSON"),
         ("chat_template.jinja", "{% for m in messages %}", "line 1"),
         ("chat_template.jinja", "{% nonsense %}", "nonsense"),
     ],
