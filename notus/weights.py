@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from notus.distributed import full_tensor
+from notus.chat import read_json
+from notus.data import file_digest
+from notus.distributed import World, full_tensor, gather
 from notus.model import Mistral, MistralConfig
 
 COPIED = (
@@ -41,10 +42,9 @@ def weight_map(model_dir: str | Path) -> dict[str, Path]:
     index, single = model_dir / "model.safetensors.index.json", model_dir / "model.safetensors"
     if index.is_file():
         try:
-            names = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            return {name: model_dir / file for name, file in read_json(index)["weight_map"].items()}
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: not a safetensors index: {error!r}") from None
-        return {name: model_dir / file for name, file in names.items()}
     if single.is_file():
         with _open(single) as file:
             return dict.fromkeys(file.keys(), single)
@@ -93,23 +93,30 @@ def load_weights(model: Mistral, model_dir: str | Path, device: torch.device) ->
             shape, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
-            if 0 not in shape:  # with more ranks than rows some hold nothing
-                parameter.to_local().copy_(rows[offset[0] : offset[0] + shape[0]])
+            parameter.to_local().copy_(rows[offset[0] : offset[0] + shape[0]])
         else:
             parameter.copy_(rows[:])
 
 
-def digest(model_dir: str | Path) -> str:
-    """sha256 over the weight files' names and contents: what names a base in the reference cache and the model card."""
+def digest(model_dir: str | Path, world: World, memory_dir: str | Path) -> str:
+    """sha256 over the weight files' names and contents: what names a base in the reference cache and the model card.
 
-    def file_digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
+    The files are shared out over ranks, and digests are remembered in `memory_dir` by path, size and time of change, so
+    that the 14.5 GB of a 7B are hashed once. All ranks call.
+    """
+    memory = Path(memory_dir) / "digests.json"
+    remembered = read_json(memory)
     files = sorted(set(weight_map(model_dir).values()))
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-        digests = list(pool.map(file_digest, files))
-    lines = "".join(f"{d}  {path.name}\n" for d, path in zip(digests, files, strict=True))
+    mine = {}
+    for path in files[world.rank :: world.size]:
+        status = path.stat()
+        identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
+        mine[path.name] = identity, remembered.get(identity) or file_digest(path)
+    digests = {name: found for ranks in gather(world, mine) for name, found in ranks.items()}
+    if world.rank == 0:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, json.dumps(remembered | dict(digests.values()), indent=1))
+    lines = "".join(f"{digests[path.name][1]}  {path.name}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -138,16 +145,17 @@ def export(
         for name in COPIED:
             if (base_dir / name).is_file():
                 shutil.copyfile(base_dir / name, building / name)
-        config = exported_config(json.loads((base_dir / "config.json").read_text()), dtype)
+        config = exported_config(read_json(base_dir / "config.json"), dtype)
         (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         (building / "README.md").write_text(card)
     write_weights(model, building, dtype, rank, max_shard_bytes)
     if rank == 0:
         for path in building.iterdir():
-            _fsync(path)
-        _fsync(building)
+            fsync(path)
+        fsync(building)
+        shutil.rmtree(output_dir, ignore_errors=True)  # an earlier export of a run that went on
         building.replace(output_dir)
-        _fsync(output_dir.parent)
+        fsync(output_dir.parent)
 
 
 def exported_config(base: dict, dtype: torch.dtype) -> dict:
@@ -215,9 +223,19 @@ def _safetensors(tensors: list[tuple[str, Tensor]], dtype: torch.dtype) -> Itera
         yield whole.view(-1).view(torch.uint8).numpy()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Complete or not at all: under a temporary name, to the disk, then renamed."""
+    building = path.with_name(path.name + ".tmp")
+    building.write_text(text, encoding="utf-8")
+    fsync(building)
+    building.replace(path)
+    fsync(path.parent)
