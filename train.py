@@ -1,8 +1,8 @@
 """DPO, the whole recipe: torchrun --nproc-per-node 8 train.py configs/notus-7b-v1.toml [section.key=value ...]
 
-Top to bottom: read and check everything that can be wrong (`read_inputs`), then `train`: load the policy in shards, let
-it score every pair once before its first step (that is the reference model), step, evaluate, export. Without arguments
-it runs configs/demo.toml, for which `python -m notus.demo` makes data and a base model.
+Top to bottom: load the policy in shards, let it score every pair once before its first step (that is the reference
+model), then step, evaluate and checkpoint, and export at the end. On the folder of an unfinished run it goes on by
+itself. Without arguments it runs configs/demo.toml, for which `python -m notus.demo` makes data and a base model.
 """
 
 import argparse
@@ -10,27 +10,32 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from notus import config as configuration
 from notus import distributed, weights
 from notus.card import model_card
-from notus.chat import ChatTemplate, load_chat_template
-from notus.config import Config, help_text, load, to_toml
-from notus.data import Pair, PairSet, batch, describe_counts, describe_pair, largest_id, load_pairs, steps_per_epoch
-from notus.distributed import World, full_tensor, on_rank_zero, sum_over_ranks
+from notus.checkpoint import Checkpoints, Preempted, StopSignal
+from notus.config import Config
+from notus.data import batch, describe_counts, describe_pair, steps_per_epoch
+from notus.distributed import World, from_rank_zero, full_tensor, on_rank_zero, sum_over_ranks
+from notus.inputs import Inputs, read_inputs
 from notus.losses import dpo_loss, preference_metrics
-from notus.metrics import Console, MetricsLog, duration, environment, peak_memory_gib, write_atomically
-from notus.model import MistralConfig, pair_logps
+from notus.metrics import Console, MetricsLog, duration, environment, peak_memory_gib
+from notus.model import pair_logps
 from notus.optim import lr_at, make_optimizer
-from notus.packing import deal, pack
+from notus.packing import deal, pack_pairs
 from notus.plan import describe_cost, forward_flops, peak_flops
 from notus.plot import plot
-from notus.reference import ReferenceCache, reference_logps, score_pairs
-from notus.tokenizer import Tokenizer, load_tokenizer
+from notus.reference import ReferenceCache, cache_header, check_same, reference_logps, score_pairs, verify
+from notus.weights import write_atomically
 
 METRICS = (
     "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
@@ -39,158 +44,174 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """All that is known before a weight is read."""
+class Run:
+    """An output folder that is ours, new or to be gone on with."""
 
-    dims: MistralConfig
-    tokenizer: Tokenizer
-    template: ChatTemplate
-    train: PairSet
-    test: PairSet
+    output: Path
+    facts: dict  # environment.json
+    checkpoints: Checkpoints
+    manifest: dict | None  # of the checkpoint to start from
+    stop: StopSignal
 
-
-def read_inputs(config: Config, need_weights: bool = True) -> Inputs:
-    """Everything that a user can have got wrong is refused here, with file, line and value: ValueError."""
-    output = Path(config.train.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output}: is not empty; name another train.output_dir, or delete it")
-    dims = MistralConfig.read(config.model.path)
-    if need_weights:
-        weights.check_weights(config.model.path, dims)
-    tokenizer, template = load_tokenizer(config.model.path), load_chat_template(config.model.path)
-
-    def read(paths: tuple[str, ...]) -> PairSet:
-        data = config.data
-        pair_set = load_pairs(
-            paths, tokenizer, template,
-            max_length=data.max_length, max_prompt_length=data.max_prompt_length, bos=data.bos,
-            system_prompt=data.system_prompt if data.insert_system else None, drop_bad_pairs=data.drop_bad_pairs,
-        )  # fmt: skip
-        if (largest := largest_id(pair_set.pairs)) >= dims.vocab_size:
-            raise ValueError(
-                f"{config.model.path}: the tokenizer gives id {largest}, but config.json has a vocab_size of "
-                f"{dims.vocab_size}: tokenizer and weights do not belong together"
-            )
-        return pair_set
-
-    return Inputs(dims, tokenizer, template, read(config.data.train), read(config.data.test))
+    def status(self, world: World, state: str, step: int) -> None:
+        if world.rank == 0:
+            write_atomically(self.output / "status.json", json.dumps({"state": state, "step": step}) + "\n")
 
 
-def train(config: Config, inputs: Inputs, world: World) -> None:
-    setup = config.train
-    output = Path(setup.output_dir)
-    pairs, held_out = inputs.train.pairs, inputs.test.pairs
+def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
+    setup, output = config.train, run.output
+    pairs, held_out = inputs.train, inputs.test
     epoch_steps = steps_per_epoch(len(pairs), setup.pairs_per_step)
     total_steps = epoch_steps * setup.num_train_epochs
+    first_step = run.manifest["step"] if run.manifest else 0
     started = time.monotonic()
     say = print if world.rank == 0 else lambda *_: None
-    say(banner(config, inputs, world, total_steps))
+    say(banner(config, inputs, world, total_steps, first_step))
 
     # --- the policy, in shards ---
     compute_dtype = getattr(torch, setup.compute_dtype)
     model = weights.meta_model(inputs.dims)
     model.model.recompute_every = setup.activation_checkpointing
-    distributed.shard(model, model.model.layers, world, compute_dtype)
-    weights.load_weights(model, config.model.path, world.device)
+    distributed.shard(model, model.model.layers, world, compute_dtype, config.distributed.cpu_offload)
+    host = torch.device("cpu")
+    weights.load_weights(model, config.model.path, host if config.distributed.cpu_offload else world.device)
 
-    # --- the run's papers ---
-    facts = on_rank_zero(world, lambda: run_facts(config, inputs, total_steps, world))
-    log = MetricsLog(output / "metrics.jsonl", enabled=world.rank == 0)
-
-    # --- the reference: the policy itself, before its first step ---
-    header = {"weights": facts["model_sha256"], "model": asdict(inputs.dims), "compute_dtype": setup.compute_dtype}
+    # --- the reference: the policy itself, before its first step and before any checkpoint is loaded ---
+    header = cache_header(run.facts["model_sha256"], inputs.dims, setup.compute_dtype)
     cache = ReferenceCache(config.reference.cache_dir, header, world.rank)
-    with Console(len(pairs) + len(held_out), enabled=world.rank == 0, unit="pair", every=0.1) as console:
-        reference, computed = reference_logps(
-            model, pairs + held_out, cache, world, setup.micro_batch_tokens,
-            lambda done: console.step(done * world.size, {}),
-        )  # fmt: skip
-    say(f"reference   {computed:,} pairs scored, {len(reference) - computed:,} found in {cache.directory}")
-    reference, held_out_reference = reference.to(world.device).split([len(pairs), len(held_out)])
+    references = []
+    for name, pair_set in (("pairs", pairs), ("held-out pairs", held_out)):
+        with Console(len(pair_set), enabled=world.rank == 0, unit="pair", every=0.1) as console:
 
-    # --- the loop ---
+            def progress(done: int, console: Console = console) -> None:
+                console.step(min(done * world.size, console.total_steps), {})
+                if sum_over_ranks(torch.tensor(int(run.stop.received))) > 0:
+                    raise Preempted(first_step)
+
+            budget = setup.micro_batch_tokens
+            reference, computed = reference_logps(model, pair_set, cache, world, budget, progress)
+        found = len(pair_set) - computed
+        say(f"reference   {computed:,} {name} scored, {found:,} found in {cache.directory}")
+        if found:
+            verify(model, pair_set, reference, world, budget, compute_dtype)
+        references.append(reference.to(world.device))
+    reference, held_out_reference = references
+
+    # --- where the run stands ---
     optimizer = make_optimizer(model.parameters(), setup.optimizer, setup.learning_rate, setup.weight_decay)
+    if run.manifest:
+        run.checkpoints.load(run.manifest, model, optimizer)
     warmup_steps = math.ceil(setup.warmup_ratio * total_steps)
     peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
-    console = Console(total_steps, enabled=world.rank == 0)
-    evaluation: dict[str, float] = {}
+    log = MetricsLog(output / "metrics.jsonl", enabled=world.rank == 0, last_step=first_step or None)
+    evaluations = [record for record in log.kept if "eval_loss" in record]
+    console = Console(total_steps, enabled=world.rank == 0, first_step=first_step)
 
     def evaluate(step: int) -> None:
-        if held_out:
-            totals = torch.zeros(len(METRICS), dtype=torch.float64, device=world.device)
-            score_pairs(
-                model, held_out, world, setup.micro_batch_tokens,
-                lambda rows, policy: totals.add_(sums(policy, held_out_reference[rows], config)[1]),
-            )  # fmt: skip
-            means = (sum_over_ranks(totals) / len(held_out)).tolist()
-            evaluation.update({f"eval_{name}": mean for name, mean in zip(METRICS, means, strict=True)})
-            log.write({"step": step, "epoch": step / epoch_steps, **evaluation})
-            console.say(
-                f"held out    step {step}  loss {evaluation['eval_loss']:.4f}  "
-                f"acc {evaluation['eval_rewards/accuracies']:.3f}  margin {evaluation['eval_rewards/margins']:.3f}"
-            )
+        totals = torch.zeros(len(METRICS), dtype=torch.float64, device=world.device)
+        score_pairs(
+            model, held_out, world, setup.micro_batch_tokens,
+            lambda rows, policy: totals.add_(sums(policy, held_out_reference[rows], config)[1]),
+        )  # fmt: skip
+        means = (sum_over_ranks(totals) / len(held_out)).tolist()
+        evaluation = {f"eval_{name}": mean for name, mean in zip(METRICS, means, strict=True)}
+        evaluations.append(evaluation)
+        log.write({"step": step, "epoch": step / epoch_steps, **evaluation})
+        console.say(
+            f"held out    step {step}  loss {evaluation['eval_loss']:.4f}  "
+            f"acc {evaluation['eval_rewards/accuracies']:.3f}  margin {evaluation['eval_rewards/margins']:.3f}"
+        )
 
-    evaluate(0)
-    first_evaluation = dict(evaluation)
-    model.train()
-    totals = torch.zeros(len(METRICS) + 2, dtype=torch.float64, device=world.device)  # METRICS, pairs, tokens
+    if len(held_out) and first_step == 0:
+        evaluate(0)
+
+    # --- the loop ---
+    run.status(world, "running", first_step)
+    skipped_in_a_row = 0
+    # Since the last line of the log: sums of METRICS, pairs and stream tokens; FLOPs; and when that was.
+    window = np.array(run.manifest["window"]) if run.manifest else np.zeros(len(METRICS) + 2)
     flops, since = 0.0, time.monotonic()
-    for step in range(total_steps):
+    for step in range(first_step, total_steps):
         rows = batch(len(pairs), setup.pairs_per_step, setup.seed, step)
         learning_rate = lr_at(step, total_steps, warmup_steps, setup.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
-        plan = deal([pairs[i].num_tokens for i in rows], world.size, setup.micro_batch_tokens)
-        for micro_batch in plan[world.rank]:
-            members = rows[micro_batch]  # the pairs of this rank's micro-batch
-            stream = pack([(pairs[i].prompt, (pairs[i].chosen, pairs[i].rejected)) for i in members])
+        # Sums of METRICS over pairs, and how many ranks were asked to stop.
+        totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=world.device)
+        for micro_batch in deal(pairs.num_tokens[rows], world.size, setup.micro_batch_tokens)[world.rank]:
+            members = rows[micro_batch]  # the pairs of this rank's micro-batch; none, if there are fewer than ranks
+            stream = pack_pairs([pairs[i] for i in members])
             policy = pair_logps(model, stream.to(world.device))  # (P, 2)
             if step == 0:
-                check_policy_is_reference([pairs[i] for i in members], policy, reference[members], compute_dtype)
-            losses, sizes = sums(policy, reference[members], config)
+                check_same(pairs, members, policy, reference[members], compute_dtype)
+            losses, metric_sums = sums(policy, reference[members], config)
             (losses.sum() / len(rows)).backward()  # over the pairs of the whole step, whatever the micro-batch
-            totals[:-2] += sizes
-            totals[-2:] += torch.tensor([len(members), len(stream.input_ids)])
+            totals[:-1] += metric_sums
+        totals[-1] = run.stop.received
+        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), setup.max_grad_norm))
 
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), setup.max_grad_norm)
-        optimizer.step()
+        # All that is known of the step, on every rank: the one place where the host waits for the device.
+        *totals, stops, grad_norm = [*sum_over_ranks(totals).tolist(), grad_norm.item()]
+        done = step + 1
+        finite = math.isfinite(totals[0]) and math.isfinite(grad_norm)
+        if finite:  # what is not never reaches the weights
+            optimizer.step()
+            window += [*totals, len(rows), pairs.num_tokens[rows].sum()]
+            flops += 3 * forward_flops(inputs.dims, pairs.lengths[rows]).sum()
+            skipped_in_a_row = 0
+        else:
+            skipped_in_a_row += 1
+            places = [pairs[i].where for i in rows]
+            log.write({"step": done, "epoch": done / epoch_steps, "skipped_pairs": places})
+            console.say(f"skipped     step {done}: loss or gradient is not finite; its pairs are in metrics.jsonl")
         optimizer.zero_grad()
 
-        done = step + 1
-        flops += 3 * forward_flops(inputs.dims, [pairs[i] for i in rows])
-        if done % setup.log_steps == 0 or done == total_steps:
-            *sizes, num_pairs, num_tokens = sum_over_ranks(totals).tolist()
-            metrics = {name: size / num_pairs for name, size in zip(METRICS, sizes, strict=True)}
-            metrics |= {"grad_norm": full_tensor(grad_norm).item(), "learning_rate": learning_rate}
-            if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-                places = ", ".join(pairs[i].where for i in rows)
-                raise FloatingPointError(f"step {done}: loss or gradient is not finite; its pairs are {places}")
+        if finite and (done % setup.log_steps == 0 or done == total_steps):
+            *sizes, num_pairs, num_tokens = window.tolist()
             seconds = time.monotonic() - since
+            metrics = {name: size / num_pairs for name, size in zip(METRICS, sizes, strict=True)}
+            metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
             metrics |= {"tokens_per_second": num_tokens / seconds, "memory_gib": peak_memory_gib(world.device)}
             if peak:
                 metrics["mfu"] = flops / seconds / (peak * world.size)
             log.write({"step": done, "epoch": done / epoch_steps, **metrics})
             console.step(done, metrics)
-            totals.zero_()
-            flops, since = 0.0, time.monotonic()
-        if done % setup.eval_steps == 0 or done == total_steps:
-            paused = time.monotonic()
+            window, flops, since = np.zeros_like(window), 0.0, time.monotonic()
+
+        paused = time.monotonic()
+        if len(held_out) and (done % setup.eval_steps == 0 or done == total_steps):
             evaluate(done)
-            since += time.monotonic() - paused
+        hopeless = skipped_in_a_row >= setup.max_skipped_steps
+        if not hopeless and (done % setup.save_steps == 0 or done == total_steps or stops):
+            facts = {"identity": run.facts["identity"], "window": window.tolist()}
+            stall = run.checkpoints.save(model, optimizer, done, facts)
+            log.write({"step": done, "checkpoint_stall_seconds": round(stall, 3)})
+            run.status(world, "running", done)
+        since += time.monotonic() - paused
+        if hopeless:
+            run.checkpoints.wait()
+            raise FloatingPointError(
+                f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to {done}"
+            )
+        if stops and done < total_steps:
+            run.checkpoints.wait()
+            raise Preempted(done)
     console.close()
+    run.checkpoints.wait()
 
     # --- the result ---
-    card = model_card(config, facts, evaluation)
-    weights.export(
-        model, config.model.path, output / "final", getattr(torch, setup.export_dtype), card, rank=world.rank
-    )
+    last = evaluations[-1] if evaluations else {}
+    card = model_card(config, run.facts, last)
+    weights.export(model, config.model.path, output / "final", getattr(torch, setup.export_dtype), card, world.rank)
+    log.close()
     if world.rank == 0:
-        log.close()
         seconds = time.monotonic() - started
-        say(summary(config, first_evaluation, evaluation, total_steps, seconds))
-        result = {"steps": total_steps, "seconds": round(seconds, 1), "first": first_evaluation, "last": evaluation}
+        first = evaluations[0] if evaluations else {}
+        result = {"steps": total_steps, "seconds": round(seconds, 1), "first": first, "last": last}
         write_atomically(output / "summary.json", json.dumps(result, indent=1) + "\n")
+        say(summary(config, first, last, total_steps, seconds))
+    run.status(world, "finished", total_steps)
 
 
 def sums(policy: Tensor, reference: Tensor, config: Config) -> tuple[Tensor, Tensor]:
@@ -201,48 +222,81 @@ def sums(policy: Tensor, reference: Tensor, config: Config) -> tuple[Tensor, Ten
     return losses, torch.stack([values[name].double().sum() for name in METRICS])
 
 
-def check_policy_is_reference(pairs: list[Pair], policy: Tensor, reference: Tensor, dtype: torch.dtype) -> None:
-    """Before its first step the policy IS the reference: every margin is 0 and the loss is log 2, up to rounding.
+# --- the output folder -----------------------------------------------------------------------------------------------
 
-    Rounding is all that may differ, where two passes put a pair into other micro-batches: a token's log-prob by some
-    16 eps of the compute dtype, in either direction, so a sum of n by 16 eps sqrt(n); and the stored float32 sum by
-    4 eps. A reference of other weights, another template or other lengths is off by whole nats.
-    """
-    tokens = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs]).to(policy).view(-1, 2)
-    tolerance = 16 * torch.finfo(dtype).eps * tokens.sqrt() + 4 * torch.finfo(torch.float32).eps * reference.abs()
-    difference = (policy.detach() - reference).abs()
-    wrong = (~(difference <= tolerance)).any(dim=1).nonzero().squeeze(1).tolist()  # NaN is wrong too
-    if wrong:
-        worst = max(wrong, key=lambda i: difference[i].nan_to_num(math.inf).max().item())
-        raise RuntimeError(
-            f"the untrained policy differs from its reference in {len(wrong)} of {len(pairs)} pairs, most in "
-            f"{pairs[worst].where}: policy {policy[worst].tolist()}, reference {reference[worst].tolist()} nats. "
-            "The loss would not begin at log 2. Delete reference.cache_dir to compute the reference anew."
-        )
+
+def open_run(config: Config, inputs: Inputs, world: World, fresh: bool) -> Run:
+    """A new folder, or that of an unfinished run of the same identity; ValueError, with what differs, for any other."""
+    output = Path(config.train.output_dir)
+    unfinished = from_rank_zero(world, lambda: find_run(output, fresh))
+    if unfinished and fresh:
+        on_rank_zero(world, lambda: move_aside(output))
+        unfinished = False
+    if unfinished:
+        old = from_rank_zero(world, lambda: json.loads((output / "environment.json").read_text()))
+    total_steps = steps_per_epoch(len(inputs.train), config.train.pairs_per_step) * config.train.num_train_epochs
+    facts = from_rank_zero(world, lambda: environment([*config.data.train, *config.data.test])) | {
+        "model_sha256": weights.digest(config.model.path, world, config.reference.cache_dir),
+        "processes": world.size,
+        "seed": config.train.seed,
+        "train_pairs": len(inputs.train),
+        "test_pairs": len(inputs.test),
+        "steps": total_steps,
+    }
+    contents = list(facts["data_sha256"].values())
+    facts["identity"] = configuration.identity(config) | {
+        "sha256 of data.train": contents[: len(config.data.train)],
+        "sha256 of data.test": contents[len(config.data.train) :],
+        "sha256 of model.path": facts["model_sha256"],
+    }
+    if unfinished:
+        differs = [
+            f"{name} was {old['identity'].get(name)!r} and is {value!r}"
+            for name, value in json.loads(json.dumps(facts["identity"])).items()
+            if old["identity"].get(name) != value
+        ]
+        if differs:
+            raise ValueError(
+                f"{output}: holds an unfinished run of another kind: {'; '.join(differs)}. "
+                "Name another train.output_dir, or begin anew with --fresh"
+            )
+
+    def write_papers() -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(output / "environment.json", json.dumps(facts, indent=1) + "\n")
+        write_atomically(output / "config.toml", configuration.to_toml(config))
+
+    on_rank_zero(world, write_papers)
+    say = print if world.rank == 0 else lambda *_: None
+    timeout = config.distributed.timeout_minutes
+    checkpoints = Checkpoints(output / "checkpoints", config.train.keep_checkpoints, world, say, timeout)
+    return Run(output, facts, checkpoints, checkpoints.find() if unfinished else None, StopSignal())
+
+
+def find_run(output: Path, fresh: bool) -> bool:
+    """Whether `output` holds an unfinished run; with `fresh`, which moves it aside, any run will do. ValueError if it
+    holds anything else, or if the run is finished. What a kill leaves of a run's first moment is nothing."""
+    if not output.exists() or (output.is_dir() and not {p.name for p in output.iterdir()} - {"environment.json.tmp"}):
+        return False
+    if not (output / "environment.json").is_file():
+        raise ValueError(f"{output}: is not empty, and holds no run; name another train.output_dir")
+    status = output / "status.json"
+    if not fresh and status.is_file() and json.loads(status.read_text())["state"] == "finished":
+        raise ValueError(f"{output}: holds a finished run; name another train.output_dir, or begin anew with --fresh")
+    return True
+
+
+def move_aside(output: Path) -> None:
+    """An old run is never deleted."""
+    aside = output.with_name(f"{output.name}.before-{datetime.now(UTC):%Y%m%d-%H%M%S}")
+    output.replace(aside)
+    print(f"the run in {output} was moved to {aside}")
 
 
 # --- what the run says of itself -------------------------------------------------------------------------------------
 
 
-def run_facts(config: Config, inputs: Inputs, total_steps: int, world: World) -> dict:
-    """Write config.toml and environment.json into the output folder; what is in the latter, for the model card."""
-    output = Path(config.train.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    facts = environment([*config.data.train, *config.data.test]) | {
-        "model_sha256": weights.digest(config.model.path),
-        "gpus": world.size if world.device.type == "cuda" else 0,
-        "processes": world.size,
-        "seed": config.train.seed,
-        "train_pairs": len(inputs.train.pairs),
-        "test_pairs": len(inputs.test.pairs),
-        "steps": total_steps,
-    }
-    write_atomically(output / "config.toml", to_toml(config))
-    write_atomically(output / "environment.json", json.dumps(facts, indent=1) + "\n")
-    return facts
-
-
-def banner(config: Config, inputs: Inputs, world: World, total_steps: int) -> str:
+def banner(config: Config, inputs: Inputs, world: World, total_steps: int, first_step: int) -> str:
     layers, rest = inputs.dims.num_hidden_layers, inputs.dims.hidden_size
     where = f"{world.size} x {torch.cuda.get_device_name()}" if world.device.type == "cuda" else f"{world.size} x CPU"
     lines = [
@@ -251,8 +305,10 @@ def banner(config: Config, inputs: Inputs, world: World, total_steps: int) -> st
         f"steps       {total_steps:,} of {config.train.pairs_per_step} pairs, {config.train.num_train_epochs} epochs; "
         f"beta {config.dpo.beta}, {config.train.optimizer}, peak learning rate {config.train.learning_rate}",
     ]
-    if inputs.test.pairs:
+    if len(inputs.test):
         lines.insert(2, f"held out    {', '.join(config.data.test)}: {describe_counts(inputs.test.counts)}")
+    if first_step:
+        lines.append(f"resuming    after step {first_step:,}")
     return "\n".join(lines)
 
 
@@ -278,59 +334,81 @@ def summary(config: Config, first: dict, last: dict, total_steps: int, seconds: 
 
 
 def dry_run(config: Config, inputs: Inputs, num_gpus: int) -> str:
-    setup = config.train
-    num_pairs = len(inputs.train.pairs)
+    setup, num_pairs = config.train, len(inputs.train)
     steps = steps_per_epoch(num_pairs, setup.pairs_per_step) * setup.num_train_epochs
-    held_out = describe_counts(inputs.test.counts) if inputs.test.pairs else "none"
     cost = describe_cost(
-        inputs.dims, inputs.train.pairs, inputs.test.pairs,
+        inputs.dims, inputs.train.lengths, inputs.test.lengths,
         epochs=setup.num_train_epochs, evaluations=2 + (steps - 1) // setup.eval_steps, num_gpus=num_gpus,
         dtype=getattr(torch, setup.compute_dtype), optimizer=setup.optimizer,
         micro_batch_tokens=setup.micro_batch_tokens, recompute_every=setup.activation_checkpointing,
     )  # fmt: skip
     return (
         f"train       {describe_counts(inputs.train.counts)}\n"
-        f"held out    {held_out}\n"
+        f"held out    {describe_counts(inputs.test.counts) if len(inputs.test) else 'none'}\n"
         f"steps       {steps:,}: {setup.num_train_epochs} epochs of {num_pairs:,} pairs, {setup.pairs_per_step} each\n"
         f"{cost}\n\n"
-        f"the first pair, {inputs.train.pairs[0].where}:\n"
-        f"{describe_pair(inputs.train.pairs[0], inputs.tokenizer)}"
+        f"the first pair, {inputs.train[0].where}:\n"
+        f"{describe_pair(inputs.train[0], inputs.tokenizer)}"
     )
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 failure, 2 bad input, 75 preempted (asked to stop, and can go on)."""
     parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, epilog=help_text(), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog="train.py", description=__doc__, epilog=configuration.help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     default = Path(__file__).parent / "configs" / "demo.toml"
     parser.add_argument("config", nargs="?", default=str(default), help="a TOML file (default: configs/demo.toml)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--fresh", action="store_true", help="move what is in train.output_dir aside and begin anew")
     parser.add_argument("--print-config", action="store_true", help="print all settings as TOML and stop")
     parser.add_argument("--dry-run", action="store_true", help="check data and tokenizer, print the cost, and stop")
     parser.add_argument("--gpus", type=int, metavar="N", help="for --dry-run: GPUs to plan for (torchrun's, else 8)")
+    argv = sys.argv[1:] if argv is None else argv
     args, extra = parser.parse_known_args(argv)
-    overrides = [*args.overrides, *extra]
+    given = {*args.overrides, *extra}
     if "=" in args.config:  # no file given, only settings
-        args.config, overrides = str(default), [args.config, *overrides]
+        given.add(args.config)
+        args.config = str(default)
+    settings = [argument for argument in argv if argument in given]  # in their order: the last one wins
+
+    def fail(error: Any, code: int) -> int:
+        if code == 1 or distributed.rank() == 0:  # bad input is the same on every rank
+            print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        return code
+
     try:
-        config = load(args.config, overrides)
+        config = configuration.load(args.config, settings)
         if args.print_config:
-            print(to_toml(config), end="")
+            print(configuration.to_toml(config), end="")
             return 0
+        find_run(Path(config.train.output_dir), args.fresh)
         inputs = read_inputs(config, need_weights=not args.dry_run)
+        if args.dry_run:
+            print(dry_run(config, inputs, args.gpus or distributed.world_size() or 8))
+            return 0
+        world = distributed.start(config.train.device, config.distributed.replicate, config.distributed.timeout_minutes)
+        run = open_run(config, inputs, world, args.fresh)
     except ValueError as error:
-        if distributed.rank() == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
-    if args.dry_run:
-        print(dry_run(config, inputs, args.gpus or distributed.world_size() or 8))
-        return 0
-    world = distributed.start(config.train.device)
+        distributed.stop()
+        return fail(error, 2)
     try:
-        train(config, inputs, world)
+        train(config, inputs, world, run)
+        return 0
+    except Preempted as preempted:
+        (step,) = preempted.args
+        run.status(world, "preempted", step)
+        if world.rank == 0:
+            print(f"stopped after step {step:,}, as asked; the same command goes on from there", flush=True)
+        return 75
+    except Exception as error:
+        run.status(world, "failed", 0)
+        silent = distributed.silent_ranks() if world.size > 1 else ""
+        fail(f"rank {world.rank}: {silent or error}", 1)
+        raise
     finally:
         distributed.stop()
-    return 0
 
 
 if __name__ == "__main__":

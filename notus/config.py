@@ -36,6 +36,7 @@ class Data:
     max_length: int = setting("tokens of prompt + answer; longer pairs are truncated as in TRL 0.7", 1024, "[2, inf)")
     max_prompt_length: int = setting("tokens kept, from the end, of the prompt of a pair too long", 512, "[1, inf)")
     bos: bool = setting("one <s> before the prompt, as in the training of the SFT base", True)
+    cache_dir: str = setting("token ids of the files above, made once; shared by all runs", "runs/tokens")
     drop_bad_pairs: bool = setting("leave out pairs with equal or empty answers; false stops at the first", False)
     insert_system: bool = setting("insert a system turn where the first turn is not one, as Zephyr's SFT had", True)
     system_prompt: str = setting("of the inserted system turn; empty in Zephyr and Notus", "")
@@ -72,6 +73,9 @@ class Train:
     )
     eval_steps: int = setting("steps between evaluations on data.test", 100, "[1, inf)")
     log_steps: int = setting("steps between lines of metrics.jsonl", 1, "[1, inf)")
+    save_steps: int = setting("steps between checkpoints, written while training goes on", 100, "[1, inf)")
+    keep_checkpoints: int = setting("newest checkpoints kept; 8 bytes a parameter each, 12 with adamw", 2, "[1, inf)")
+    max_skipped_steps: int = setting("steps in a row with a non-finite gradient that end the run", 3, "[1, inf)")
     export_dtype: Literal["bfloat16", "float32"] = setting("of the weights in the exported model", "bfloat16")
 
 
@@ -81,15 +85,41 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distributed:
+    replicate: int = setting("copies of the sharded model (HSDP), e.g. one a node; divides the GPUs", 1, "[1, inf)")
+    cpu_offload: bool = setting("keep shards and optimizer state in host memory: slow, for small cards", False)
+    timeout_minutes: float = setting("a rank that does not answer for so long ends the run", 10.0, "(0, inf)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     model: Model
     data: Data
     dpo: DPO
     train: Train
     reference: Reference
+    distributed: Distributed
 
 
 SETTINGS: dict[str, Field] = {f"{s.name}.{f.name}": f for s in fields(Config) for f in fields(s.type)}
+
+
+# What may differ when a run goes on: where things are, what is measured, and how the same result is computed.
+FREE_ON_RESUME = {
+    "model.path", "data.train", "data.test", "data.cache_dir", "reference.cache_dir", "train.output_dir",
+    "train.device", "train.micro_batch_tokens", "train.activation_checkpointing", "train.eval_steps", "train.log_steps",
+    "train.save_steps", "train.keep_checkpoints", "train.max_skipped_steps", "train.export_dtype",
+    "distributed.replicate", "distributed.cpu_offload", "distributed.timeout_minutes",
+}  # fmt: skip
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The settings, by name, that a run must keep to go on as itself."""
+    return {name: value for name, value in flat(config).items() if name not in FREE_ON_RESUME}
+
+
+def flat(config: Config) -> dict[str, Any]:
+    return {name: getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) for name in SETTINGS}
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

@@ -5,10 +5,8 @@ logps/rejected, grad_norm, learning_rate, epoch, step; `eval_` in front for the 
 tokens_per_second (stream tokens, all GPUs), mfu (0 to 1) and memory_gib. Rewards and log-probs are in nats.
 """
 
-import hashlib
 import json
 import math
-import os
 import platform
 import resource
 import shutil
@@ -25,24 +23,26 @@ import torch
 from tqdm import tqdm
 
 import notus
+from notus.data import file_digest
+from notus.weights import write_atomically
 
 
 class MetricsLog:
     """Append-only JSONL, one object a line, on disk as soon as written. With `enabled=False` (every rank but 0) it does
     nothing.
 
-    A resumed run appends to the same file, so steps between its checkpoint and the interruption appear twice; for a
-    reader the last line of a step counts. A line torn by a kill is cut away when the file is opened again.
+    A run that goes on after `last_step` keeps the lines up to that step, in `kept`, and writes those after it anew: the
+    file then reads as if nothing had happened.
     """
 
-    def __init__(self, path: str | Path, enabled: bool = True):
-        self.file = None
+    def __init__(self, path: str | Path, enabled: bool = True, last_step: int | None = None):
+        self.file, self.kept = None, []
         if enabled:
             path = Path(path)
-            if path.exists():
-                content = path.read_bytes()
-                if not content.endswith(b"\n"):
-                    path.write_bytes(content[: content.rfind(b"\n") + 1])
+            if last_step is not None and path.exists():
+                whole_lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()  # a kill may tear one
+                self.kept = [record for record in map(json.loads, whole_lines) if record["step"] <= last_step]
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in self.kept))
             self.file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: dict[str, Any]) -> None:
@@ -157,26 +157,12 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Complete or not at all: under a temporary name, to the disk, then renamed."""
-    building = path.with_name(path.name + ".tmp")
-    with building.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    building.replace(path)
-
-
 def environment(files: Sequence[str | Path]) -> dict[str, Any]:
     """What it takes to run this again: commit, versions, devices, command line, and the sha256 of each data file."""
 
     def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
-
-    def sha256(path: str | Path) -> str:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
 
     commit = git("rev-parse", "HEAD") if shutil.which("git") else None
     changed = commit and git("status", "--porcelain", "--untracked-files=no")
@@ -192,5 +178,5 @@ def environment(files: Sequence[str | Path]) -> dict[str, Any]:
             **({"cuda": torch.version.cuda} if torch.version.cuda else {}),
         },
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.machine()],
-        "data_sha256": {str(path): sha256(path) for path in files},
+        "data_sha256": {str(path): file_digest(path) for path in files},
     }

@@ -30,17 +30,21 @@ def test_log_is_strict_json_and_readable_at_once(tmp_path):
     log.close()
 
 
-def test_log_is_appended_to_and_a_torn_line_is_cut(tmp_path):
+def test_a_resumed_log_keeps_the_lines_up_to_its_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for step in (1, 2):
-        log = MetricsLog(path)
-        log.write({"step": step})
-        log.close()
-        with path.open("a") as file:
-            file.write('{"step": 9, "lo')  # killed here
     log = MetricsLog(path)
+    for step in (0, 1, 2, 2, 3):
+        log.write({"step": step})
     log.close()
-    assert strictly(path.read_text()) == [{"step": 1}, {"step": 2}]
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')  # killed here
+    log = MetricsLog(path, last_step=2)
+    assert log.kept == [{"step": step} for step in (0, 1, 2, 2)]
+    log.write({"step": 3, "loss": 0.5})
+    log.close()
+    assert strictly(path.read_text()) == [*log.kept, {"step": 3, "loss": 0.5}]
+    MetricsLog(path).close()  # a run that begins anew
+    assert path.read_text() == ""
 
 
 def test_other_ranks_are_silent(tmp_path):
