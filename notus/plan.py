@@ -8,12 +8,11 @@ Legend: T tokens of a stream, R response tokens, D model dimension, V vocabulary
 
 import math
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from notus.data import Pair
 from notus.metrics import duration
 from notus.model import DecoderLayer, MistralConfig, rotary_table
 
@@ -52,23 +51,20 @@ def num_parameters(config: MistralConfig) -> tuple[int, int]:
     return layer * config.num_hidden_layers, tables + config.hidden_size
 
 
-def forward_flops(config: MistralConfig, pairs: Iterable[Pair]) -> float:
-    """One forward pass over the pairs, prompts shared. Forward and backward together are three times this."""
+def forward_flops(config: MistralConfig, lengths: np.ndarray) -> np.ndarray:
+    """One forward pass over pairs of `lengths` (P, 3), prompts shared -> (P,). With backward it is three times this."""
     layer_parameters, _ = num_parameters(config)
     attention = 4 * config.num_attention_heads * config.head_dim * config.num_hidden_layers  # a query-key meeting
     head = 2 * config.vocab_size * config.hidden_size  # a scored token
-    total = 0.0
-    for pair in pairs:
-        prompt, chosen, rejected = len(pair.prompt), len(pair.chosen), len(pair.rejected)
-        meetings = prompt * (prompt + 1) / 2
-        meetings += sum(length * prompt + length * (length + 1) / 2 for length in (chosen, rejected))
-        total += 2 * layer_parameters * pair.num_tokens + attention * meetings + head * (chosen + rejected)
-    return total
+    prompt, *answers = lengths.T.astype(np.float64)
+    meetings = prompt * (prompt + 1) / 2 + sum(length * prompt + length * (length + 1) / 2 for length in answers)
+    return 2 * layer_parameters * lengths.sum(axis=1) + attention * meetings + head * sum(answers)
 
 
 def activation_bytes(config: MistralConfig, dtype: torch.dtype) -> int:
     """Bytes that one decoder layer keeps for backward, per token of the stream: counted, on the meta device, by asking
-    autograd what it saves. Attention itself, whose kernels differ, is added by hand: query, key and value."""
+    autograd what it saves. Attention itself, whose kernels differ, is added by hand: query, key, value, the output
+    before the pieces of the stream are put together, and a float32 normalizer for each head."""
     tokens, saved = 64, {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -84,8 +80,8 @@ def activation_bytes(config: MistralConfig, dtype: torch.dtype) -> int:
         rotary = rotary_table(torch.arange(tokens), config.head_dim, config.rope_theta, dtype)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             layer(x, rotary, lambda _layer, query, _key, _value: query * 1, 0)
-    heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    attention = heads * config.head_dim * dtype.itemsize
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads)
+    attention = heads * config.head_dim * dtype.itemsize + 4 * config.num_attention_heads
     return sum(storage.nbytes() for storage in saved.values()) // tokens + attention
 
 
@@ -122,11 +118,11 @@ def memory_gib(
 
 
 def describe_cost(
-    config: MistralConfig, train: Sequence[Pair], test: Sequence[Pair], *, epochs: int, evaluations: int, num_gpus: int,
+    config: MistralConfig, train: np.ndarray, test: np.ndarray, *, epochs: int, evaluations: int, num_gpus: int,
     dtype: torch.dtype, optimizer: str, micro_batch_tokens: int, recompute_every: int,
 ) -> str:  # fmt: skip
-    """The report of `train.py --dry-run`."""
-    forward, forward_test = forward_flops(config, train), forward_flops(config, test)
+    """The report of `train.py --dry-run`; train, test: lengths (P, 3) of the pairs."""
+    forward, forward_test = (forward_flops(config, lengths).sum() for lengths in (train, test))
     flops = {
         "training": 3 * forward * epochs,
         "reference, if nothing is cached": forward + forward_test,
@@ -137,7 +133,7 @@ def describe_cost(
     needed = sum(memory.values())
     lines = [
         f"parameters  {sum(num_parameters(config)):,}",
-        f"tokens      {sum(pair.num_tokens for pair in train) / len(train):.0f} unique a pair, on average",
+        f"tokens      {train.sum() / len(train):.0f} unique a pair, on average",
         f"compute     {engineering(total, 'FLOP')}",
         *(f"  {engineering(value, 'FLOP'):>14}  {name}" for name, value in flops.items()),
         f"memory      {needed:.2f} GiB a GPU, estimated, with {num_gpus} GPUs and {micro_batch_tokens:,} tokens each",
@@ -169,5 +165,5 @@ def cpu_flops(size: int = 1024, seconds: float = 0.2) -> float:
 
 def engineering(value: float, unit: str) -> str:
     """6.53e18 -> `6.53 EFLOP`."""
-    exponent = max(0, min(6, int(math.log10(value)) // 3)) if value >= 1 else 0
+    exponent = max(0, min(6, int(f"{value:.2e}".partition("e")[2]) // 3))
     return f"{value / 1000**exponent:.3g} {' kMGTPE'[exponent].strip()}{unit}"
