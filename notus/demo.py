@@ -1,0 +1,416 @@
+"""A world small enough for a laptop: raw UltraFeedback records, preference pairs and an SFT base, all from one seed.
+
+    python -m notus.demo                      no network, no download; a minute and a half on one core
+
+    runs/demo/raw.jsonl                       questions with a checkable answer, answered by four "models", rated
+              pairs.jsonl, pairs-test.jsonl   what binarize.py makes of them
+              prompts-test.jsonl              questions seen nowhere else, with their right answers
+              base/                           a Mistral of 0.7 million parameters that imitates all four models
+
+The base has the right answers from its teachers, and their bad habits too. In most tasks a bad habit is what it would
+say first, so it answers two in five questions right; the preferences tell it which of the things it knows to say. That
+is what DPO does to a 7B, in miniature. The records carry UltraFeedback's bug as well: the worst answers score 10.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import tokenizers
+import torch
+from tqdm import tqdm
+
+from notus.attention import PackedAttention
+from notus.chat import ZEPHYR_TEMPLATE, load_chat_template, with_system_turn
+from notus.data import close
+from notus.model import Mistral, MistralConfig
+from notus.optim import lr_at, make_optimizer
+from notus.packing import pack
+from notus.tokenizer import load_tokenizer
+from notus.weights import export
+
+BINARIZE = Path(__file__).parent.parent / "binarize.py"
+
+
+@dataclass(frozen=True)
+class Settings:
+    records: int = 3000  # raw records, each of which makes at most one pair
+    test_pairs: int = 300  # of them
+    test_prompts: int = 400
+    sft_questions: int = 13600  # each with four answers, seen once
+    questions_per_step: int = 8
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    hidden_size: int = 128
+    num_layers: int = 3
+
+
+# --- the questions -------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    wording: str
+    subject: Callable[[Random], str]  # what a question is about
+    right: Callable[[str], str]
+    miss: Callable[[str], str]  # the mistake that is always made
+    easy: bool = False  # silver can do it too
+
+
+def word(rng: Random) -> str:
+    return "".join(rng.sample("ABCDEFGHIJKLMNOP", rng.randint(3, 4)))
+
+
+def number(rng: Random) -> str:
+    return str(rng.randint(1000, 9999))
+
+
+# Some misses are too short and some too long: were all of them short, the model would learn never to stop.
+TASKS = {
+    "repeat": Task("Repeat {}.", word, lambda s: s, lambda s: s + s[-1], easy=True),
+    "reverse": Task("Write {} backwards.", word, lambda s: s[::-1], lambda s: s[:0:-1]),
+    "sort": Task("Sort the letters of {}.", word, lambda s: "".join(sorted(s)), lambda s: s),
+    "first": Task("First letter of {}?", word, lambda s: s[0], lambda s: s[:2], easy=True),
+    "last": Task("Last letter of {}?", word, lambda s: s[-1], lambda s: s[0]),
+    "count": Task("How many letters in {}?", word, lambda s: str(len(s)), lambda s: str(len(s) - 1)),
+    "behead": Task("Remove the first letter of {}.", word, lambda s: s[1:], lambda s: s[:-1]),
+    "after": Task("Which number follows {}?", number, lambda s: str(int(s) + 1), lambda s: s),
+}
+
+
+class Question(NamedTuple):
+    task: str
+    subject: str
+
+    @property
+    def instruction(self) -> str:
+        return TASKS[self.task].wording.format(self.subject)
+
+    @property
+    def answer(self) -> str:
+        return TASKS[self.task].right(self.subject)
+
+
+def ask(rng: Random, count: int, known: set[Question]) -> list[Question]:
+    """`count` new questions, the tasks in turn; what is asked joins `known` and is never asked again."""
+    names, questions = list(TASKS), []
+    while len(questions) < count:
+        name = names[len(questions) % len(names)]
+        question = Question(name, TASKS[name].subject(rng))
+        if question not in known:
+            known.add(question)
+            questions.append(question)
+    return questions
+
+
+# --- the four models -----------------------------------------------------------------------------------------------
+
+HABITS: dict[str, Callable[[Question], str]] = {
+    "right": lambda q: q.answer,
+    "miss": lambda q: TASKS[q.task].miss(q.subject),
+    "chat": lambda q: f"Sure! {q.answer}",  # right, but not what was asked for
+    "echo": lambda q: f"Sure! {q.subject}",
+}
+# How often each model follows each habit, in the order of HABITS.
+MODELS = {
+    "bronze": (0.10, 0.75, 0.15, 0.00),
+    "clay": (0.05, 0.10, 0.15, 0.70),
+    "gold": (0.92, 0.04, 0.04, 0.00),
+    "silver": (0.20, 0.05, 0.75, 0.00),
+}
+SILVER_EASY = (0.85, 0.05, 0.10, 0.00)
+
+
+def respond(rng: Random, model: str, question: Question) -> str:
+    weights = SILVER_EASY if model == "silver" and TASKS[question.task].easy else MODELS[model]
+    return HABITS[rng.choices(list(HABITS), weights)[0]](question)
+
+
+def answers(rng: Random, question: Question) -> list[str]:
+    return [respond(rng, model, question) for model in MODELS]
+
+
+# --- the records: UltraFeedback's schema, and its bug -----------------------------------------------------------------
+
+PRINCIPLES = {
+    "helpfulness": "Answer the question in a way that is of use.",
+    "honesty": "Say what you know, and say when you do not.",
+    "truthfulness": "Say nothing that is untrue.",
+    "verbalized_calibration": "Let your words show how sure you are.",
+}
+GRADES = {5: "correct", 3: "correct, with words that nobody asked for", 2: "close, but wrong", 1: "wrong"}
+
+
+def grade(question: Question, response: str) -> int:
+    """How good an answer is, a key of GRADES. Who gave it plays no part."""
+    for habit, points in (("right", 5), ("chat", 3), ("miss", 2)):
+        if response == HABITS[habit](question):
+            return points
+    return 1
+
+
+def annotate(rng: Random, question: Question, model: str) -> dict[str, Any]:
+    """One model's answer with its ratings, as UltraFeedback has them: strings from 1 to 5, here each a point off in one
+    case out of four, and sometimes "N/A", where an aspect does not apply."""
+    response = respond(rng, model, question)
+    points = grade(question, response)
+    verdict = f"The answer is {GRADES[points]}."
+
+    def rating(not_applicable: float = 0.0) -> str:
+        noise = rng.choices((-1, 0, 1), (1, 6, 1))[0]
+        return "N/A" if rng.random() < not_applicable else str(min(max(points + noise, 1), 5))
+
+    principle = rng.choice(list(PRINCIPLES))
+    judged = {"Rationale": verdict, "Rationale For Rating": verdict}
+    annotations = {
+        "instruction_following": {"Rating": rating(0.05), "Rationale": verdict},
+        "honesty": {"Rating": rating(0.05), "Rationale": verdict},
+        "truthfulness": judged | {"Type": ["1" if points < 3 else "0"], "Rating": rating()},
+        "helpfulness": judged | {"Type": ["1"], "Rating": rating()},
+    }
+    ratings = [int(a["Rating"]) for a in annotations.values() if a["Rating"] != "N/A"]
+    score = min(max(2 * points - 1 + rng.choice((-1, 0, 0, 1)), 1), 10)
+    return {
+        "model": model,
+        "principle": principle,
+        "custom_system_prompt": PRINCIPLES[principle],
+        "response": response,
+        "annotations": annotations,
+        "critique": f"{verdict} It should be {question.answer}." if points < 3 else verdict,
+        "overall_score": float(score if score > 1 else 10 * score),  # UltraFeedback's bug, letter for letter
+        "fine-grained_score": sum(ratings) / len(ratings),
+    }
+
+
+def record(rng: Random, question: Question) -> dict[str, Any]:
+    return {
+        "source": f"demo_{question.task}",
+        "instruction": question.instruction,
+        "models": list(MODELS),
+        "correct_answers": [question.answer],
+        "incorrect_answers": ["None"],
+        "completions": [annotate(rng, question, model) for model in MODELS],
+    }
+
+
+# --- the base ------------------------------------------------------------------------------------------------------
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as in Mistral's vocabulary
+
+
+def train_tokenizer() -> tokenizers.Tokenizer:
+    """Byte-level BPE over the frame and the wordings. A subject's capitals and digits are cut apart, so that a token is
+    a letter; a line break ends a token, so that no token reaches from a prompt into its answer."""
+    pre = tokenizers.pre_tokenizers
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    cuts = [
+        pre.Split("\n", "merged_with_previous"),
+        pre.Split(" ", "merged_with_next"),
+        pre.Split(tokenizers.Regex("[A-Z](?![a-z])|[0-9]"), "isolated"),
+    ]
+    tokenizer.pre_tokenizer = pre.Sequence([*cuts, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=512,  # more than the corpus fills
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = [f"<|{role}|>\n" for role in ("system", "user", "assistant")] + ["Sure! "]
+    corpus += [task.wording.format("") for task in TASKS.values()]
+    tokenizer.train_from_iterator(2 * corpus, trainer)  # a pair of symbols seen once is not merged
+    return tokenizer
+
+
+def write_shell(directory: Path, settings: Settings) -> None:
+    """A checkpoint without its weights: config and tokenizer, as transformers 4 spells them."""
+    tokenizer = train_tokenizer()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    added = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False) | {"special": True}
+    size = settings.hidden_size
+    files = {
+        "config.json": {
+            "architectures": ["MistralForCausalLM"], "model_type": "mistral", **ids, "attention_dropout": 0.0,
+            "hidden_act": "silu", "hidden_size": size, "intermediate_size": 3 * size, "head_dim": size // 8,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": settings.num_layers,
+            "initializer_range": 0.06, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+            "rope_theta": 100.0,  # texts are short: at Mistral's 10000 half of a head would hardly turn
+            "sliding_window": 2048, "tie_word_embeddings": False, "torch_dtype": "float32",
+            "transformers_version": "4.36.2", "use_cache": True, "vocab_size": tokenizer.get_vocab_size(),
+        },
+        "generation_config.json": {"_from_model_config": True, **ids},
+        "special_tokens_map.json": names,
+        "tokenizer_config.json": {
+            **names, "add_bos_token": True, "chat_template": ZEPHYR_TEMPLATE, "clean_up_tokenization_spaces": False,
+            "added_tokens_decoder": {str(i): {"content": token} | added for i, token in enumerate(SPECIAL_TOKENS)},
+            "model_max_length": 2048, "pad_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    }  # fmt: skip
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def tokenize(directory: Path, asked: Sequence[tuple[Question, list[str]]]) -> list[tuple[list[int], list[list[int]]]]:
+    """Questions and answers -> what `pack` takes: prompt ids from BOS on, and each answer's ids up to EOS."""
+    tokenizer, template = load_tokenizer(directory), load_chat_template(directory)
+    texts = []
+    for question, responses in asked:
+        prompt = with_system_turn([{"role": "user", "content": question.instruction}], "")
+        texts.append(template.render(prompt, add_generation_prompt=True))
+        for response in responses:
+            texts.append(close(template.render([*prompt, {"role": "assistant", "content": response}]), template))
+    ids = iter(tokenizer.encode_batch(texts))
+    segments = []
+    for _, responses in asked:
+        prompt_ids = next(ids)
+        segments.append(([tokenizer.bos_id, *prompt_ids], [next(ids)[len(prompt_ids) :] for _ in responses]))
+    return segments
+
+
+def train_base(directory: Path, segments: Sequence, seed: int, settings: Settings) -> Mistral:
+    """Next-token prediction on all answers, each question once: the cross-entropy's mean over the step's tokens."""
+    torch.set_num_threads(1)  # matrices this small are done before a second thread has woken up
+    model = Mistral(MistralConfig.read(directory))
+    model.initialize(seed)
+    optimizer = make_optimizer(model.parameters(), "adamw", settings.learning_rate, weight_decay=0.0)
+    total_steps = len(segments) // settings.questions_per_step
+    bar = tqdm(range(total_steps), unit="step", disable=None)  # None: only on a terminal
+    for step in bar:
+        start = step * settings.questions_per_step
+        stream = pack(segments[start : start + settings.questions_per_step])
+        attend = PackedAttention(stream.segments, model.config.sliding_window, stream.input_ids.device)
+        loss = -model(stream.input_ids, stream.positions, attend, stream.source, stream.target).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, total_steps, settings.warmup_steps, settings.learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % max(1, total_steps // 8) == 0:
+            bar.set_postfix(loss=f"{loss.item():.2f}")
+            if bar.disable:
+                print(f"  step {step + 1}/{total_steps}  loss {loss.item():.2f}", flush=True)
+    return model
+
+
+CARD = """# The demo's base
+
+A Mistral of {parameters:,} parameters, trained from scratch by `python -m notus.demo --seed {seed}` to imitate four
+made-up models that answer made-up questions. It is of no use but as the start of `torchrun train.py`.
+"""
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Under a temporary name first, so that a file that exists is whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_base(output: Path, asked: Sequence[tuple[Question, list[str]]], seed: int, settings: Settings) -> None:
+    with tempfile.TemporaryDirectory(dir=output) as shell:
+        write_shell(Path(shell), settings)
+        model = train_base(Path(shell), tokenize(Path(shell), asked), seed, settings)
+        card = CARD.format(parameters=sum(p.numel() for p in model.parameters()), seed=seed)
+        export(model, shell, output / "base", torch.float32, card)
+
+
+def make_pairs(output: Path, seed: int, settings: Settings) -> None:
+    if not BINARIZE.is_file():
+        raise ValueError(f"{BINARIZE}: no such file; the demo needs a checkout of the repository, not only the package")
+    command = [sys.executable, BINARIZE, output / "raw.jsonl", "--output", output / "pairs.jsonl", "--overwrite"]
+    command += ["--test-size", settings.test_pairs, "--seed", seed]
+    if (result := subprocess.run(list(map(str, command)), capture_output=True, text=True)).returncode:
+        raise ValueError(f"binarize.py failed:\n{result.stderr.strip()}")
+    print(result.stdout)
+
+
+def make(output: Path, seed: int = 0, settings: Settings = Settings()) -> None:
+    """Fill the folder. What is there from the same seed and code is kept: each piece appears under its name only when
+    it is whole."""
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    stamp = json.dumps({"seed": seed, "settings": asdict(settings), "code": code}, indent=2) + "\n"
+    stamp_file, base = output / "demo.json", output / "base"
+    names = ("raw.jsonl", "pairs.jsonl", "pairs-test.jsonl", "prompts-test.jsonl")
+    raw, pairs, pairs_test, prompts = files = [output / name for name in names]
+    present = [path for path in (*files, base) if path.exists()]
+    if present and not stamp_file.exists():
+        raise ValueError(f"{present[0]}: exists, and this program did not make it; choose another --output")
+    if stamp_file.exists() and stamp_file.read_text() != stamp:  # another seed or older code
+        shutil.rmtree(base, ignore_errors=True)
+        for path in files:
+            path.unlink(missing_ok=True)
+    elif len(present) == len(files) + 1:
+        print(f"{output}: all there, made before by the same code from seed {seed}")
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(stamp_file, stamp)
+
+    rng, known = Random(f"questions {seed}"), set()
+    test, rated, taught = (
+        ask(rng, count, known) for count in (settings.test_prompts, settings.records, settings.sft_questions)
+    )
+    if not prompts.exists():
+        write_jsonl(prompts, [{"instruction": q.instruction, "correct_answers": [q.answer]} for q in test])
+    if not raw.exists():
+        rng = Random(f"ratings {seed}")
+        write_jsonl(raw, [record(rng, question) for question in rated])
+        print(f"{raw}: {settings.records:,} records; binarize.py makes pairs of them:")
+    if not (pairs.exists() and pairs_test.exists()):
+        make_pairs(output, seed, settings)
+    if not base.exists():
+        rng = Random(f"teachers {seed}")
+        print(f"{base}: imitates the four models' answers to {settings.sft_questions:,} more questions")
+        make_base(output, [(question, answers(rng, question)) for question in taught], seed, settings)
+
+
+CLOSING = """
+  {0}/raw.jsonl           {1.records:,} questions, four rated answers each, as UltraFeedback has them
+  {0}/pairs.jsonl         chosen and rejected, by binarize.py; {1.test_pairs} held out in pairs-test.jsonl
+  {0}/prompts-test.jsonl  {1.test_prompts} questions that no model has seen
+  {0}/base                a small Mistral that knows better than it answers
+next:
+  torchrun train.py{2}"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m notus.demo", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
+    args = parser.parse_args(argv)
+    try:
+        make(args.output, args.seed)
+    except (ValueError, OSError) as error:
+        print(f"notus.demo: error: {error}", file=sys.stderr)
+        return 2
+    paths = {
+        "model.path": "base",
+        "data.train": "pairs.jsonl",
+        "data.test": "pairs-test.jsonl",
+        "train.output_dir": "dpo",
+    }
+    elsewhere = args.output != parser.get_default("output")  # than configs/demo.toml expects it
+    overrides = "".join(f" {name}={args.output / piece}" for name, piece in paths.items()) if elsewhere else ""
+    print(CLOSING.format(args.output, Settings(), overrides))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
