@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from notus.data import Pair, PairSet, check_text, load_pairs, read_records
+from notus.data import PairSet, check_text, load_pairs, read_records
+from notus.distributed import World
 from notus.generate import check_model, generate, load_model, model_arguments, place, prompt_ids, stop_ids
 from notus.losses import dpo_loss, preference_metrics
-from notus.metrics import write_atomically
-from notus.model import Mistral, pair_logps
-from notus.packing import deal, pack
-from notus.reference import pair_key
+from notus.model import Mistral
+from notus.reference import pair_key, score_pairs
+from notus.weights import write_atomically
 
 # --- exact-match ---------------------------------------------------------------------------------------------------
 
@@ -130,16 +130,18 @@ def one_line(text: str, width: int = 80) -> str:
 # --- preferences ---------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def score(model: Mistral, pairs: Sequence[Pair], budget: int) -> Tensor:
+def score(model: Mistral, pairs: PairSet, budget: int) -> Tensor:
     """P pairs -> (P, 2) on the CPU: log-probabilities of the chosen and the rejected answers, in nats. `budget`: tokens
     of a micro-batch."""
-    device = model.model.embed_tokens.weight.device
+    alone = World(rank=0, size=1, device=model.model.embed_tokens.weight.device, mesh=None)
     logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    (micro_batches,) = deal([pair.num_tokens for pair in pairs], 1, budget)
-    for micro_batch in tqdm(micro_batches, leave=False, disable=None):
-        packed = pack([(pairs[i].prompt, (pairs[i].chosen, pairs[i].rejected)) for i in micro_batch])
-        logps[micro_batch] = pair_logps(model, packed.to(device)).double().cpu()
+    with tqdm(total=len(pairs), leave=False, disable=None) as progress:
+
+        def keep(rows: list[int], scored: Tensor) -> None:
+            logps[rows] = scored.double().cpu()
+            progress.update(len(rows))
+
+        score_pairs(model, pairs, alone, budget, keep)
     return logps
 
 
@@ -166,7 +168,7 @@ def preferences(arguments: argparse.Namespace) -> Iterator[str]:
             f"--max-prompt-length {arguments.max_prompt_length} must be below --max-length {arguments.max_length}"
         )
     pairs, base_pairs = (read_pairs(model_dir, arguments) for model_dir in (arguments.model, arguments.base))
-    if [pair_key(pair) for pair in pairs.pairs] != [pair_key(pair) for pair in base_pairs.pairs]:
+    if [pair_key(pair) for pair in pairs] != [pair_key(pair) for pair in base_pairs]:
         raise ValueError(
             f"{arguments.model} and {arguments.base} make different tokens of the same pairs: a model can only be "
             "compared with a base that has its tokenizer and chat template"
@@ -174,7 +176,7 @@ def preferences(arguments: argparse.Namespace) -> Iterator[str]:
     logps = []
     for model_dir in (arguments.model, arguments.base):
         model = load_model(model_dir, *place(arguments.device, arguments.dtype))[0]
-        logps.append(score(model, pairs.pairs, arguments.micro_batch_tokens))
+        logps.append(score(model, pairs, arguments.micro_batch_tokens))
         del model  # before the next one is read
     four = (*logps[0].unbind(1), *logps[1].unbind(1))  # policy chosen, rejected, reference chosen, rejected: (P,) each
     metrics = preference_metrics(*four, arguments.beta) | {"loss": dpo_loss(*four, arguments.beta)}
