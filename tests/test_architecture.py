@@ -1,0 +1,75 @@
+"""The shape of the repository: who may import whom, and that every file has its test and its line in the README."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = [  # a file imports only from files above it
+    *("config", "chat", "tokenizer", "data", "packing", "attention", "logprobs", "model", "losses"),
+    *("distributed", "weights", "inputs", "reference", "optim", "checkpoint", "metrics"),
+]
+LEAVES = ["card", "plan", "generate", "evaluate", "plot", "demo"]  # import what they like; only train.py imports them
+EXCEPT = {"evaluate": {"generate"}, "demo": {"generate"}}  # these two put questions to a model
+
+SOURCES = {path.stem: path for path in sorted((ROOT / "notus").glob("*.py")) if path.stem != "__init__"}
+SCRIPTS = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of all that a file imports, wherever in it: `from a import b` gives a and a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def notus_imports(path: Path) -> set[str]:
+    return {name.split(".")[1] for name in imports(path) if name.startswith("notus.")} & SOURCES.keys()
+
+
+def test_every_file_has_a_place_in_the_order():
+    assert SOURCES.keys() == {*ORDER, *LEAVES}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_file_imports_only_from_files_above_it(name: str):
+    above = ORDER[: ORDER.index(name)] if name in ORDER else ORDER
+    assert notus_imports(SOURCES[name]) <= {*above, *EXCEPT.get(name, ())}
+
+
+def test_the_imports_are_seen():
+    assert {"packing", "attention", "logprobs"} <= notus_imports(SOURCES["model"])
+    assert {"distributed", "weights"} <= notus_imports(SCRIPTS["train"])  # from notus import distributed, weights
+
+
+def test_binarize_stands_alone():
+    assert not {name.split(".")[0] for name in imports(SCRIPTS["binarize"])} & {"notus", "torch"}
+
+
+def test_peers_are_imported_by_tests_and_benchmarks_only():
+    for path in (*SOURCES.values(), *SCRIPTS.values()):
+        assert not {name.split(".")[0] for name in imports(path)} & {"transformers", "trl", "accelerate", "peft"}, path
+
+
+def test_no_file_is_named_for_nothing_in_particular():
+    assert not SOURCES.keys() & {"utils", "util", "common", "helpers", "misc"}
+
+
+def test_every_file_has_its_test_and_every_test_its_file():
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert tests - {"architecture", "memory"} == {*SOURCES, *SCRIPTS}
+
+
+def test_readme_maps_every_file_and_no_other():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    mapped = re.findall(r"^\| `((?:notus/)?\w+\.py)` \|", readme, re.MULTILINE)
+    files = {str(path.relative_to(ROOT)) for path in (*SOURCES.values(), *SCRIPTS.values())}
+    assert set(mapped) == files
+    assert len(mapped) == len(files)
