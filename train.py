@@ -6,10 +6,12 @@ itself. Without arguments it runs configs/demo.toml, for which `python -m notus.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,9 +55,13 @@ class Run:
     manifest: dict | None  # of the checkpoint to start from
     stop: StopSignal
 
-    def status(self, world: World, state: str, step: int) -> None:
+    def status(self, world: World, state: str, step: int | None = None) -> None:
+        """`step`: the last one that a checkpoint holds, or is about to; None keeps what was written before."""
+        path = self.output / "status.json"
         if world.rank == 0:
-            write_atomically(self.output / "status.json", json.dumps({"state": state, "step": step}) + "\n")
+            if step is None:
+                step = json.loads(path.read_text())["step"] if path.is_file() else 0
+            write_atomically(path, json.dumps({"state": state, "step": step}) + "\n")
 
 
 def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
@@ -105,7 +111,7 @@ def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
     peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
     log = MetricsLog(output / "metrics.jsonl", enabled=world.rank == 0, last_step=first_step or None)
     evaluations = [record for record in log.kept if "eval_loss" in record]
-    console = Console(total_steps, enabled=world.rank == 0, first_step=first_step)
+    console = Console(total_steps, enabled=world.rank == 0, first_step=first_step, every=0.01)
 
     def evaluate(step: int) -> None:
         totals = torch.zeros(len(METRICS), dtype=torch.float64, device=world.device)
@@ -225,13 +231,10 @@ def sums(policy: Tensor, reference: Tensor, config: Config) -> tuple[Tensor, Ten
 # --- the output folder -----------------------------------------------------------------------------------------------
 
 
-def open_run(config: Config, inputs: Inputs, world: World, fresh: bool) -> Run:
+def open_run(config: Config, inputs: Inputs, world: World, fresh: bool, held: ExitStack) -> Run:
     """A new folder, or that of an unfinished run of the same identity; ValueError, with what differs, for any other."""
     output = Path(config.train.output_dir)
-    unfinished = from_rank_zero(world, lambda: find_run(output, fresh))
-    if unfinished and fresh:
-        on_rank_zero(world, lambda: move_aside(output))
-        unfinished = False
+    unfinished = from_rank_zero(world, lambda: claim(output, fresh, held))
     if unfinished:
         old = from_rank_zero(world, lambda: json.loads((output / "environment.json").read_text()))
     total_steps = steps_per_epoch(len(inputs.train), config.train.pairs_per_step) * config.train.num_train_epochs
@@ -243,10 +246,9 @@ def open_run(config: Config, inputs: Inputs, world: World, fresh: bool) -> Run:
         "test_pairs": len(inputs.test),
         "steps": total_steps,
     }
-    contents = list(facts["data_sha256"].values())
     facts["identity"] = configuration.identity(config) | {
-        "sha256 of data.train": contents[: len(config.data.train)],
-        "sha256 of data.test": contents[len(config.data.train) :],
+        "sha256 of data.train": [facts["data_sha256"][path] for path in config.data.train],
+        "sha256 of data.test": [facts["data_sha256"][path] for path in config.data.test],
         "sha256 of model.path": facts["model_sha256"],
     }
     if unfinished:
@@ -276,7 +278,8 @@ def open_run(config: Config, inputs: Inputs, world: World, fresh: bool) -> Run:
 def find_run(output: Path, fresh: bool) -> bool:
     """Whether `output` holds an unfinished run; with `fresh`, which moves it aside, any run will do. ValueError if it
     holds anything else, or if the run is finished. What a kill leaves of a run's first moment is nothing."""
-    if not output.exists() or (output.is_dir() and not {p.name for p in output.iterdir()} - {"environment.json.tmp"}):
+    nothing = {"run.lock", "environment.json.tmp"}
+    if not output.exists() or (output.is_dir() and {path.name for path in output.iterdir()} <= nothing):
         return False
     if not (output / "environment.json").is_file():
         raise ValueError(f"{output}: is not empty, and holds no run; name another train.output_dir")
@@ -286,11 +289,22 @@ def find_run(output: Path, fresh: bool) -> bool:
     return True
 
 
-def move_aside(output: Path) -> None:
-    """An old run is never deleted."""
+def claim(output: Path, fresh: bool, held: ExitStack) -> bool:
+    """Make `output` ours, an old run in it moved aside if `fresh`; whether there is a run to go on with. Two processes
+    in one folder (a requeued job beside its old self) would spoil each other's files: ValueError for the second."""
+    found = find_run(output, fresh)
+    output.mkdir(parents=True, exist_ok=True)
+    lock = held.enter_context((output / "run.lock").open("a"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until closed; a killed process lets go as well
+    except BlockingIOError:
+        raise ValueError(f"{output}: another process is at work in it") from None
+    if not (found and fresh):
+        return found
     aside = output.with_name(f"{output.name}.before-{datetime.now(UTC):%Y%m%d-%H%M%S}")
     output.replace(aside)
     print(f"the run in {output} was moved to {aside}")
+    return claim(output, False, held)
 
 
 # --- what the run says of itself -------------------------------------------------------------------------------------
@@ -321,7 +335,7 @@ def summary(config: Config, first: dict, last: dict, total_steps: int, seconds: 
         lines.append(f"  held out  {'   '.join(changes)}")
     try:
         curves = str(plot(output))
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         curves = f"not drawn: {error}"
     lines += [
         f"  model     {output / 'final'}  (Hugging Face layout, {config.train.export_dtype})",
@@ -330,6 +344,9 @@ def summary(config: Config, first: dict, last: dict, total_steps: int, seconds: 
         "next:",
         f"  python -m notus.generate --model {output / 'final'}",
     ]
+    if last:
+        compare = f"--model {output / 'final'} --base {config.model.path} --data {' '.join(config.data.test)}"
+        lines.append(f"  python -m notus.evaluate preferences {compare}")
     return "\n".join(lines)
 
 
@@ -378,37 +395,37 @@ def main(argv: list[str] | None = None) -> int:
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         return code
 
-    try:
-        config = configuration.load(args.config, settings)
-        if args.print_config:
-            print(configuration.to_toml(config), end="")
+    with ExitStack() as held:  # the process group, and the claim on the output folder
+        try:
+            config = configuration.load(args.config, settings)
+            if args.print_config:
+                print(configuration.to_toml(config), end="")
+                return 0
+            find_run(Path(config.train.output_dir), args.fresh)
+            inputs = read_inputs(config, need_weights=not args.dry_run)
+            if args.dry_run:
+                print(dry_run(config, inputs, args.gpus or distributed.world_size() or 8))
+                return 0
+            held.callback(distributed.stop)
+            parallel = config.distributed
+            world = distributed.start(config.train.device, parallel.replicate, parallel.timeout_minutes)
+            run = open_run(config, inputs, world, args.fresh, held)
+        except ValueError as error:
+            return fail(error, 2)
+        try:
+            train(config, inputs, world, run)
             return 0
-        find_run(Path(config.train.output_dir), args.fresh)
-        inputs = read_inputs(config, need_weights=not args.dry_run)
-        if args.dry_run:
-            print(dry_run(config, inputs, args.gpus or distributed.world_size() or 8))
-            return 0
-        world = distributed.start(config.train.device, config.distributed.replicate, config.distributed.timeout_minutes)
-        run = open_run(config, inputs, world, args.fresh)
-    except ValueError as error:
-        distributed.stop()
-        return fail(error, 2)
-    try:
-        train(config, inputs, world, run)
-        return 0
-    except Preempted as preempted:
-        (step,) = preempted.args
-        run.status(world, "preempted", step)
-        if world.rank == 0:
-            print(f"stopped after step {step:,}, as asked; the same command goes on from there", flush=True)
-        return 75
-    except Exception as error:
-        run.status(world, "failed", 0)
-        silent = distributed.silent_ranks() if world.size > 1 else ""
-        fail(f"rank {world.rank}: {silent or error}", 1)
-        raise
-    finally:
-        distributed.stop()
+        except Preempted as preempted:
+            (step,) = preempted.args
+            run.status(world, "preempted", step)
+            if world.rank == 0:
+                print(f"stopped after step {step:,}, as asked; the same command goes on from there", flush=True)
+            return 75
+        except Exception as error:
+            run.status(world, "failed")
+            silent = distributed.silent_ranks() if world.size > 1 else ""
+            fail(f"rank {world.rank}: {silent or error}", 1)
+            raise
 
 
 if __name__ == "__main__":

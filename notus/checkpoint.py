@@ -124,12 +124,17 @@ class Checkpoints:
                 return manifest | {"directory": str(name)}
             self.say(f"checkpoint  {name} is damaged ({fault}); it is set aside, and the one before it is tried")
             on_rank_zero(self.world, lambda name=name: set_aside(name))
+        self.say("checkpoint  there is no whole one: the run begins at step 0")
         return None
 
     def load(self, manifest: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Bit for bit what was saved, each rank its own shards, whatever the number of ranks was."""
         make_state(optimizer)
-        dcp.load(state_of(model, optimizer), storage_reader=HuggingFaceStorageReader(manifest["directory"]))
+        try:
+            dcp.load(state_of(model, optimizer), storage_reader=HuggingFaceStorageReader(manifest["directory"]))
+        except CheckpointException as error:  # no Exception, and its text is a traceback
+            reason = next(iter(error.failures.values()))[0]
+            raise OSError(f"{manifest['directory']}: cannot be read: {reason}") from error
 
 
 class StopSignal:

@@ -71,8 +71,11 @@ class ReferenceCache:
         self.directory = Path(cache_dir) / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.directory.mkdir(parents=True, exist_ok=True)
         header_file = self.directory / "header.json"
-        if rank == 0 and not header_file.exists():
-            write_atomically(header_file, text)
+        if rank == 0:
+            with header_file.with_suffix(".lock").open("w") as lock:  # another run may be making the same cache
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not header_file.exists():
+                    write_atomically(header_file, text)
         if rank == 0 and header_file.read_text() != text:
             raise ValueError(f"{header_file}: not the header this directory is named after; delete the directory")
         # A file of its own for each rank of each run at work: another one may be filling the same cache.

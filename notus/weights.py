@@ -4,6 +4,7 @@ No rank ever holds the whole model: loading reads only the slices that a rank ke
 time. Names are those of the checkpoint, so nothing is renamed. Nothing here can run code from a file.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -115,7 +116,9 @@ def digest(model_dir: str | Path, world: World, memory_dir: str | Path) -> str:
     digests = {name: found for ranks in gather(world, mine) for name, found in ranks.items()}
     if world.rank == 0:
         memory.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(memory, json.dumps(remembered | dict(digests.values()), indent=1))
+        with memory.with_suffix(".lock").open("w") as lock:  # other runs use the folder too
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            write_atomically(memory, json.dumps(read_json(memory) | dict(digests.values()), indent=1))
     lines = "".join(f"{digests[path.name][1]}  {path.name}\n" for path in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 

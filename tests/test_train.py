@@ -1,6 +1,7 @@
 """train.py, the whole of it: the run is that of a plain loop over transformers' model, its papers are complete, and
 whatever a user can get wrong is refused before a weight is read."""
 
+import fcntl
 import json
 import math
 import os
@@ -423,7 +424,8 @@ def test_the_output_is_complete_and_nothing_else(world_dir: Path, finished: Path
 
     final = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
     final |= {"tokenizer_config.json"}
-    papers = {"config.toml", "environment.json", "metrics.jsonl", "status.json", "summary.json", "curves.png"}
+    papers = {"config.toml", "environment.json", "metrics.jsonl", "status.json", "summary.json"}
+    papers |= {"curves.png", "run.lock"}
     saved = {f"checkpoints/step-00000008/{name}" for name in ("checkpoint.json", SHARD)}
     assert tree(finished) == papers | saved | {f"final/{name}" for name in final}
     for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
@@ -647,6 +649,16 @@ def test_only_the_first_of_many_ranks_complains(world_dir: Path, monkeypatch, ca
         monkeypatch.setenv("RANK", str(rank))
         assert train.main(["run.toml", "dpo.beta=0"]) == 2
         assert bool(capsys.readouterr().err) == spoken
+
+
+def test_two_processes_cannot_share_an_output_folder(world_dir: Path, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(world_dir)
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert train.main(["run.toml", f"train.output_dir={tmp_path / 'out'}"]) == 2
+    assert "another process is at work in it" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run.lock"]
 
 
 def test_an_empty_output_folder_is_fine(world_dir: Path, tmp_path: Path, monkeypatch):
