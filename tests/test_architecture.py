@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from notus import config
+
 ROOT = Path(__file__).parent.parent
 ORDER = [  # a file imports only from files above it
     *("config", "chat", "tokenizer", "data", "packing", "attention", "logprobs", "model", "losses"),
@@ -73,3 +75,25 @@ def test_readme_maps_every_file_and_no_other():
     files = {str(path.relative_to(ROOT)) for path in (*SOURCES.values(), *SCRIPTS.values())}
     assert set(mapped) == files
     assert len(mapped) == len(files)
+
+
+def test_readme_commands_name_what_exists():
+    """Programs, files, settings and flags of every command in the README. That the quickstart runs is CI's to see."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    commands = [line.partition(" #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    checked = 0
+    for command in commands:
+        for module in re.findall(r"-m notus\.(\w+)", command):
+            assert module in SOURCES, command
+        for path in re.findall(r"configs/[\w-]+\.toml", command):
+            assert (ROOT / path).is_file(), command
+        for name in re.findall(r"(?<![\w.])(\w+\.\w+)=", command):
+            assert name in config.SETTINGS, command
+        program = next((p for p in (r"-m notus\.(\w+)", r"(binarize|train)\.py") if re.search(p, command)), None)
+        if program:
+            name = re.search(program, command)[1]
+            source = (SOURCES | SCRIPTS)[name].read_text() + SOURCES["generate"].read_text()
+            for flag in re.findall(r" (--[\w-]+)", command.partition(re.search(program, command)[0])[2]):
+                assert f'"{flag}"' in source, command
+            checked += 1
+    assert checked > 10

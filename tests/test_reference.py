@@ -1,6 +1,7 @@
 """reference.py, law 8: cached = live; what changes the numbers misses the cache, and nothing else does."""
 
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import pair_set, random_pairs, run_ranks, tiny_config, tiny_model
+from tiny import pair_set, random_pairs, run_ranks, save_checkpoint, tiny_config, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -352,3 +353,61 @@ def test_two_ranks_compute_and_cache_what_one_does(model: Mistral, world: World,
     assert sum(path.stat().st_size for path in files) == 40 * len(PAIRS)
     logps, computed = reference_logps(model, ALL, ReferenceCache(tmp_path / "two", HEADER), world, BUDGET)
     assert computed == 0 and torch.allclose(logps, expected, rtol=1e-6, atol=0)
+
+
+# --- python -m notus.reference -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config_file(mistral_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A base, eight training pairs, two held out, and the configuration of a run over them."""
+    base = save_checkpoint(tiny_model(tiny_config(vocab_size=32000, hidden_size=8)), tmp_path / "base")
+    for path in mistral_tokenizer_dir.iterdir():
+        (base / path.name).write_bytes(path.read_bytes())
+    for name, count in (("train", 8), ("test", 2)):
+        rows = [
+            {"instruction": f"{name} {i}", "chosen_response": f"yes {i}", "rejected_response": f"no {i}"}
+            for i in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = '[model]\npath = "base"\n[data]\ntrain = "train.jsonl"\ntest = "test.jsonl"\ncache_dir = "tokens"\n'
+    text += '[train]\noutput_dir = "out"\ncompute_dtype = "float32"\ndevice = "cpu"\n[reference]\ncache_dir = "cache"\n'
+    (tmp_path / "run.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run.toml"
+
+
+def test_fill_inspect_and_verify_from_the_command_line(config_file: Path, capsys):
+    assert reference.main(["fill", "run.toml"]) == 0
+    text = capsys.readouterr().out
+    assert "8 pairs scored, 0 found in cache/" in text and "2 pairs scored, 0 found in cache/" in text
+    assert reference.main(["inspect", "cache"]) == 0
+    text = capsys.readouterr().out
+    assert "10 pairs, every checksum right" in text and "float32, 2 layers x 8, forward version 1" in text
+    assert reference.main(["verify", "run.toml", "train.seed=7"]) == 0
+    assert "0 pairs scored, 8 found in cache/" in capsys.readouterr().out
+    assert not (config_file.parent / "out").exists()
+
+
+def test_verify_finds_a_record_that_another_model_wrote(config_file: Path, capsys):
+    assert reference.main(["fill", "run.toml"]) == 0
+    path = records_file(config_file.parent / "cache")
+    records = np.fromfile(path, dtype=RECORD)
+    records[3]["logps"] += 1
+    records[3]["crc"] = zlib.crc32(records[3].tobytes()[:-4])
+    path.write_bytes(records.tobytes())
+    capsys.readouterr()
+    with pytest.raises(RuntimeError, match=r"differs from its reference in 1 of 8 pairs, most in train.jsonl:\d"):
+        reference.main(["verify", "run.toml"])
+
+
+def test_bad_input_on_the_command_line(config_file: Path, capsys):
+    for arguments, message in (
+        (["inspect", "nowhere"], "nowhere: no reference cache in it"),
+        (["fill", "none.toml"], "none.toml: No such file"),
+        (["fill", "run.toml", "dpo.beta=0"], "dpo.beta = 0.0 is outside (0, inf)"),
+        (["verify", "run.toml", "data.train=none.jsonl"], "none.jsonl: no such file"),
+    ):
+        assert reference.main(arguments) == 2
+        assert message in capsys.readouterr().err
+    assert not (config_file.parent / "cache").exists()
