@@ -87,7 +87,8 @@ def shard(
         reduce_dtype=torch.float32,  # a sum over ranks in bfloat16 would lose what small gradients add
         cast_forward_inputs=False,  # the rotary tables are inputs of each layer, and stay float32
     )
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    pinned = world.device.type == "cuda"  # copies to the GPU then overlap with its work
+    offload = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
     for layer in layers:
         # Freed after forward and gathered again for backward: 14.5 GB less on each GPU, for traffic that overlaps.
         fully_shard(layer, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)

@@ -91,6 +91,16 @@ def check_gradients(world: World) -> None:
             model.zero_grad()
 
 
+def check_offload(world: World) -> None:
+    """Shards in host memory: the same gradients."""
+    plain, model = (tiny_model(CONFIG, dtype=torch.float32) for _ in range(2))
+    truth = gradients(loss_of(plain, PAIRS), plain)
+    shard(model, model.model.layers, world, torch.float32, cpu_offload=True)
+    loss_of(model, PAIRS if world.rank == 0 else []).backward()
+    assert all(parameter.to_local().device.type == "cpu" for parameter in model.parameters())
+    assert worst(whole_gradients(model), truth) < 1e-5
+
+
 def check_empty_streams_add_exactly_nothing(world: World) -> None:
     model = tiny_model(CONFIG, dtype=torch.float32)
     shard(model, model.model.layers, world, torch.float32)
@@ -106,6 +116,7 @@ def two_ranks() -> None:
     check_the_shards(world)
     check_gradients(world)
     check_empty_streams_add_exactly_nothing(world)
+    check_offload(world)
     distributed.stop()
 
 
