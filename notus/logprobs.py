@@ -10,23 +10,28 @@ import torch
 from torch import Tensor
 
 CHUNK_ROWS = 1024  # rows of logits alive at a time: 1024 x 32000 x 4 bytes = 125 MiB
+KEEP_BYTES = 2**29  # of softmax kept for backward; in bfloat16 8,192 rows of 32000
 
 
 class _TokenLogps(torch.autograd.Function):
     """logp[r] = log_softmax(hidden[r] @ weight.T)[target[r]].
 
-    Its gradient by the logits is onehot(target) - softmax. The softmax is not kept but computed again in backward, a
-    chunk at a time: one more product with the head, 0.5 % of a 7B's step, against 2 * R * V bytes.
+    Its gradient by the logits is onehot(target) - softmax. The softmax is kept for backward while it fits into
+    `keep_bytes`; beyond that it is computed again, a chunk at a time: one more product with the head.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: int) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: int, keep_bytes: int) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logps, normalizers = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
+        fits = len(hidden) * len(weight) * hidden.itemsize <= keep_bytes
+        ctx.softmax = [] if fits and any(ctx.needs_input_grad) else None  # one (chunk, V) after another
         for rows in _chunks(len(hidden), chunk_rows):
             logits = (hidden[rows] @ weight.T).to(wide)  # (chunk, V)
             normalizers[rows] = logits.logsumexp(-1)
             logps[rows] = logits.gather(1, target[rows, None]).squeeze(1) - normalizers[rows]
+            if ctx.softmax is not None:
+                ctx.softmax.append(logits.sub_(normalizers[rows, None]).exp_().to(hidden.dtype))
         ctx.save_for_backward(hidden, weight, target, normalizers)
         ctx.chunk_rows = chunk_rows
         return logps
@@ -37,27 +42,32 @@ class _TokenLogps(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         # The sum over chunks is kept wide: bfloat16 additions would lose the small ones.
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(len(hidden), ctx.chunk_rows):
-            grad_logits = (hidden[rows] @ weight.T).to(grad.dtype)  # (chunk, V), from here on in place
-            grad_logits.sub_(normalizers[rows, None]).exp_().mul_(-grad[rows, None])
-            grad_logits.scatter_add_(1, target[rows, None], grad[rows, None])
+        for number, rows in enumerate(_chunks(len(hidden), ctx.chunk_rows)):
+            if ctx.softmax is not None:
+                grad_logits = ctx.softmax[number] * -grad[rows, None]  # (chunk, V)
+            else:
+                grad_logits = (hidden[rows] @ weight.T).to(grad.dtype)
+                grad_logits.sub_(normalizers[rows, None]).exp_().mul_(-grad[rows, None])
+            grad_logits.scatter_add_(1, target[rows, None], grad[rows, None].to(grad_logits.dtype))
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
                 grad_weight += grad_logits.T @ hidden[rows]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def token_logps(hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: int = CHUNK_ROWS) -> Tensor:
+def token_logps(
+    hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: int = CHUNK_ROWS, keep_bytes: int = KEEP_BYTES
+) -> Tensor:
     """hidden (R, D), weight (V, D), target (R,) -> log-probabilities (R,), in nats, float32 or wider.
 
-    Memory beyond the inputs and their gradients: `chunk_rows` x V, however long the stream is.
+    Memory beyond the inputs and their gradients: `keep_bytes` and twice `chunk_rows` x V, however long the stream is.
     """
-    return _TokenLogps.apply(hidden, weight, target, chunk_rows)
+    return _TokenLogps.apply(hidden, weight, target, chunk_rows, keep_bytes)
 
 
 def sequence_logps(logps: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:

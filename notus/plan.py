@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from notus.logprobs import CHUNK_ROWS, KEEP_BYTES
 from notus.metrics import duration
 from notus.model import DecoderLayer, MistralConfig, rotary_table
 
@@ -111,8 +112,9 @@ def memory_gib(
         f"{optimizer} state, fp32 shard": (8 if optimizer == "adamw" else 4) * share,
         "gathered weights and gradients": dtype.itemsize * (2 * rest + 3 * one_layer) + 4 * one_layer,
         "activations": kept * micro_batch_tokens,
-        "head, rows and one chunk of logits": 3 * scored * config.hidden_size * dtype.itemsize
-        + 1024 * config.vocab_size * (4 + dtype.itemsize),
+        "head, scored rows and softmax": 3 * scored * config.hidden_size * dtype.itemsize
+        + min(scored * config.vocab_size * dtype.itemsize, KEEP_BYTES)
+        + CHUNK_ROWS * config.vocab_size * (4 + dtype.itemsize),
     }
     return {name: size / GIB for name, size in parts.items()}
 

@@ -26,10 +26,11 @@ def dense(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None]).squeeze(1)
 
 
+@pytest.mark.parametrize("keep_bytes", [0, 2**29])  # the softmax computed again, or kept
 @pytest.mark.parametrize("chunk_rows", CHUNKS)
-def test_chunked_is_log_softmax_and_gather_in_values_and_gradients(chunk_rows: int):
+def test_chunked_is_log_softmax_and_gather_in_values_and_gradients(chunk_rows: int, keep_bytes: int):
     hidden, weight, target, scale = draw()
-    ours, truth = token_logps(hidden, weight, target, chunk_rows), dense(hidden, weight, target)
+    ours, truth = token_logps(hidden, weight, target, chunk_rows, keep_bytes), dense(hidden, weight, target)
     assert torch.allclose(ours, truth, rtol=1e-13, atol=1e-13)
     for mine, true in zip(
         torch.autograd.grad((ours * scale).sum(), (hidden, weight)),
@@ -39,10 +40,28 @@ def test_chunked_is_log_softmax_and_gather_in_values_and_gradients(chunk_rows: i
         assert torch.allclose(mine, true, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("keep_bytes", [0, 2**29])
 @pytest.mark.parametrize("chunk_rows", [1, 4, 1000])
-def test_gradients_agree_with_finite_differences(chunk_rows: int):
+def test_gradients_agree_with_finite_differences(chunk_rows: int, keep_bytes: int):
     hidden, weight, target, _ = draw()
-    assert torch.autograd.gradcheck(lambda h, w: token_logps(h, w, target, chunk_rows), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: token_logps(h, w, target, chunk_rows, keep_bytes), (hidden, weight))
+
+
+def test_the_softmax_is_kept_only_where_a_gradient_is_wanted_and_it_fits():
+    hidden, weight, target, _ = draw()
+    size = R * V * 8
+    for keep_bytes, kept in ((size, True), (size - 1, False)):
+        node = token_logps(hidden, weight, target, 4, keep_bytes).grad_fn
+        assert (node.softmax is not None) == kept
+    with torch.no_grad():
+        assert token_logps(hidden, weight, target).grad_fn is None
+
+
+def test_backward_can_run_twice():
+    hidden, weight, target, scale = draw()
+    loss = (token_logps(hidden, weight, target, 4) * scale).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, (hidden, weight))))
 
 
 def test_no_rows_give_no_values_and_zero_gradients():

@@ -9,6 +9,7 @@ from tiny import pair_set, random_pairs, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from notus.attention import PackedAttention
+from notus.logprobs import CHUNK_ROWS, token_logps
 from notus.model import DecoderLayer, MistralConfig, pair_logps, rotary_table
 from notus.packing import Segment, pack_pairs
 from notus.plan import (
@@ -58,7 +59,7 @@ def test_mistral_7b_has_its_published_parameters():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_flops_are_those_that_pytorch_counts(tied: bool):
+def test_flops_are_those_that_pytorch_counts(tied: bool, monkeypatch: pytest.MonkeyPatch):
     """Matrix products exactly. PyTorch does not count the products of norm weights, which the parameters include."""
     config = tiny_config(num_hidden_layers=3, tie_word_embeddings=tied)
     model, pairs = tiny_model(config, dtype=torch.float32), random_pairs(np.random.default_rng(0), 6, config.vocab_size)
@@ -80,7 +81,10 @@ def test_flops_are_those_that_pytorch_counts(tied: bool):
 
     assert counted(lambda: pair_logps(model, stream)) == ours
     forward_and_backward = counted(lambda: pair_logps(model, stream).sum().backward())
-    assert forward_and_backward == 3 * ours + head  # whose logits are computed again in backward: no credit for that
+    assert forward_and_backward == 3 * ours
+    monkeypatch.setattr(token_logps, "__defaults__", (CHUNK_ROWS, 0))  # keep no softmax
+    again = counted(lambda: pair_logps(model, stream).sum().backward())
+    assert again == 3 * ours + head  # whose logits are computed again in backward: no credit for that
 
 
 def test_flops_of_the_average_pair_of_the_recipe():
@@ -137,7 +141,7 @@ def test_memory_beside_the_shards_does_not_depend_on_the_gpus_but_on_the_tokens(
 
     assert rest(memory(8)) == rest(memory(64)) == rest(memory(8, optimizer="adamw"))
     one, two = rest(memory()), rest(memory(micro_batch_tokens=16384))
-    assert {name for name in one if one[name] != two[name]} == {"activations", "head, rows and one chunk of logits"}
+    assert {name for name in one if one[name] != two[name]} == {"activations", "head, scored rows and softmax"}
     assert two["activations"] == pytest.approx(2 * one["activations"])
     assert one["activations"] == pytest.approx(32 * 8192 * activation_bytes(MISTRAL_7B, torch.bfloat16) / 2**30)
 
