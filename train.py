@@ -78,6 +78,9 @@ def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
     compute_dtype = getattr(torch, setup.compute_dtype)
     model = weights.meta_model(inputs.dims)
     model.model.recompute_every = setup.activation_checkpointing
+    if setup.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)  # in place: no name changes, and streams of any length are one compilation
     distributed.shard(model, model.model.layers, world, compute_dtype, config.distributed.cpu_offload)
     host = torch.device("cpu")
     weights.load_weights(model, config.model.path, host if config.distributed.cpu_offload else world.device)

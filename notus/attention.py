@@ -45,6 +45,7 @@ class PackedAttention:
         self._pieces = [size for prompt, answers in segments for size in (prompt + sum(answers[:1]), *answers[1:])]
         self._masks: dict[tuple[int, int], Tensor] = {}  # shared by the layers of one forward pass
 
+    @torch.compiler.disable  # its loop over segments is another one for every stream; the layer around it is compiled
     def __call__(self, _layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         pieces = zip(*(x.split(self._pieces) for x in (query, key, value)), strict=True)
         out = []

@@ -277,6 +277,15 @@ def test_recomputation_changes_nothing(run, finished: Path):
     assert_same_run(run("train.activation_checkpointing=1"), finished, tolerance=0)
 
 
+def test_compiled_layers_are_the_same_run(run, finished: Path, tmp_path: Path):
+    """Also with FSDP's hooks around them, and compiled once for streams of any length."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    assert_same_run(run("train.compile=true", f"reference.cache_dir={tmp_path}"), finished, tolerance=1e-5)
+    assert 0 < counters["stats"]["unique_graphs"] <= 8 and not counters["recompiles"]
+
+
 def test_two_processes_are_one(world_dir: Path, finished: Path, tmp_path: Path):
     """As a user starts them; with another micro-batch and a reference of their own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
