@@ -5,7 +5,7 @@
     {"chosen": [user, assistant], "rejected": [user, assistant], "score_chosen": 5.0, "score_rejected": 3.25, ...}
 
 A pair holds two whole conversations and no `prompt` column: the one form that TRL, open-instruct, RewardBench and
-train.py all read unchanged. It depends on its record and the seed, on nothing else: the raw files may be split,
+train.py all read. It depends on its record and the seed, on nothing else: the raw files may be split,
 shuffled or compressed, and the output is the same, byte for byte. They stream through; the pairs stay in memory.
 """
 
