@@ -1,0 +1,287 @@
+"""How fast is a training step, and what is each technique worth?
+
+    python benchmarks/step.py                                    on what there is, a GPU or a CPU; a minute
+    python benchmarks/step.py --ablate                           five times: as it is, then each technique off in turn
+    torchrun --nproc-per-node 8 benchmarks/step.py --shape 7b:32
+
+Random weights, random tokens, lengths as UltraFeedback has them: a step costs what it costs, whatever the weights say.
+A step is timed from one loss to the next, as train.py takes it; the first two are left out, and the median of the
+others counts. The reference pass is timed as a whole. The share of the peak is of useful FLOPs (plan.py: prompts once,
+nothing recomputed), against the data sheet on a GPU, and on a CPU against a plain matrix product in the same process.
+
+Legend: P pairs, T tokens of a stream, S answers in it, R response tokens, V vocabulary.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from notus import distributed, weights
+from notus.attention import PackedAttention, sdpa, visible
+from notus.data import Pair, PairSet
+from notus.distributed import World, full_tensor, sum_over_ranks
+from notus.logprobs import sequence_logps
+from notus.losses import dpo_loss, preference_metrics
+from notus.metrics import peak_memory_gib
+from notus.model import Attend, Mistral, MistralConfig, pair_logps
+from notus.optim import lr_at, make_optimizer
+from notus.packing import Stream, deal, pack, pack_pairs
+from notus.plan import cpu_flops, engineering, forward_flops, num_parameters, peak_flops
+
+BETA, LEARNING_RATE, MAX_GRAD_NORM, SEED = 0.1, 1e-5, 1.0, 42
+LEFT_OUT = 2  # first steps: kernels are chosen, the optimizer makes its state
+SWITCHES = {
+    "--no-prefix-sharing": "each answer with a copy of its prompt",
+    "--no-packing": "one sequence at a time",
+    "--full-head": "log_softmax of all scored rows at once, by plain torch",
+    "--dense-mask": "one SDPA over the whole stream, with a (T, T) mask",
+}
+# Memory comes in huge pages and is kept for the next step: else a CPU spends much of its time on page faults.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "100000000000",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+Score = Callable[[Mistral, Sequence[Pair]], Tensor]  # P pairs -> (P, 2) log-probabilities, in nats
+
+
+def shape(name: str) -> tuple[str, MistralConfig]:
+    """`tiny`: mostly head and embedding, like small models; `bal`: mostly blocks, like large ones; `7b:N`: Mistral-7B
+    with N of its 32 layers."""
+    sizes = {"tiny": (32000, 256, 896, 4, 4, 2, 64), "bal": (2048, 384, 1344, 6, 6, 3, 64)}
+    kind, _, layers = name.partition(":")
+    if kind == "7b" and layers.isdecimal() and int(layers) > 0:
+        sizes[name] = (32000, 4096, 14336, int(layers), 32, 8, 128)
+    if name not in sizes:
+        raise argparse.ArgumentTypeError(f"{name!r} is not tiny, bal or 7b:N")
+    rest = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False}
+    return name, MistralConfig(*sizes[name], **rest)
+
+
+def draw_pairs(count: int, vocab_size: int, scale: float) -> PairSet:
+    """Random ids. Lengths are lognormal, cut as the recipe cuts them (1024, prompts 512), then `scale`d. Their means at
+    scale 1 are UltraFeedback's: 161 tokens of prompt, 298 chosen, 283 rejected."""
+    rng = np.random.default_rng(SEED)
+    length, both, *own = rng.standard_normal((4, count))
+    prompt = 110 * np.exp(0.99 * length)
+    answers = [
+        median * np.exp(0.6 * (0.4**0.5 * both + 0.6**0.5 * z)) for median, z in zip((262, 247), own, strict=True)
+    ]
+    prompt = np.where(prompt + np.maximum(*answers) > 1024, np.minimum(prompt, 512), prompt)
+    cut = prompt + np.maximum(*answers) > 1024
+    lengths = [prompt, *(np.where(cut, np.minimum(answer, 512), answer) for answer in answers)]
+    pairs = []
+    for number, sizes in enumerate(np.maximum(2, np.stack(lengths, axis=1) * scale).astype(int)):
+        ids = [rng.integers(3, vocab_size, size, dtype=np.int32) for size in sizes]
+        ids[0][0], ids[1][-1], ids[2][-1] = 1, 2, 2  # BOS, EOS, EOS
+        pairs.append(Pair(f"pair {number}", *ids))
+    return PairSet.of(pairs, {})
+
+
+def train_step(
+    model: Mistral, optimizer: torch.optim.Optimizer, pairs: PairSet, rows: np.ndarray, reference: Tensor,
+    plan: list[list[int]], learning_rate: float, score: Score,
+) -> float:  # fmt: skip
+    """One step over the pairs `rows`, as in train.py but for its logs. plan: this rank's micro-batches, as indices into
+    `rows`; reference (P, 2). The mean loss over all ranks."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    totals = torch.zeros(7, dtype=torch.float64, device=reference.device)
+    for micro_batch in plan:
+        members = rows[micro_batch]
+        policy = score(model, [pairs[i] for i in members])
+        logps = (*policy.unbind(1), *reference[members].unbind(1))
+        losses = dpo_loss(*logps, BETA)
+        (losses.sum() / len(rows)).backward()
+        values = [losses.detach(), *preference_metrics(*logps, BETA).values()]
+        totals += torch.stack([value.double().sum() for value in values])
+    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
+    loss, *_ = sum_over_ranks(totals).tolist()
+    if math.isfinite(loss + grad_norm.item()):
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss / len(rows)
+
+
+def learning_rate_at(step: int, steps: int) -> float:
+    return lr_at(step, steps, math.ceil(0.1 * steps), LEARNING_RATE)
+
+
+# --- the techniques, and how it goes without them --------------------------------------------------------------------
+
+
+def scorer(off: list[str], device: torch.device) -> Score:
+    """`pair_logps` itself, or the same without what is `off`."""
+
+    def score(model: Mistral, pairs: Sequence[Pair]) -> Tensor:
+        if not off:
+            return pair_logps(model, pack_pairs(pairs).to(device))
+        segments = [(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+        if not shares_prefix(off):
+            segments = [(prompt, [answer]) for prompt, answers in segments for answer in answers]
+        streams = [pack([segment]) for segment in segments] if "--no-packing" in off else [pack(segments)]
+        return torch.cat([answer_logps(model, stream.to(device), off) for stream in streams]).view(-1, 2)
+
+    return score
+
+
+def shares_prefix(off: list[str]) -> bool:
+    return not {"--no-prefix-sharing", "--no-packing"} & set(off)
+
+
+def answer_logps(model: Mistral, stream: Stream, off: list[str]) -> Tensor:
+    """(S,)"""
+    window = model.config.sliding_window
+    attend = PackedAttention(stream.segments, window, stream.input_ids.device)
+    if "--dense-mask" in off:
+        attend = dense_attention(stream, window)
+    if "--full-head" in off:
+        logits = model(stream.input_ids, stream.positions, attend, stream.source)  # (R, V)
+        logps = logits.log_softmax(-1).gather(1, stream.target[:, None]).squeeze(1)  # (R,)
+    else:
+        logps = model(stream.input_ids, stream.positions, attend, stream.source, stream.target)
+    return sequence_logps(logps, stream.sequence, stream.num_sequences)
+
+
+def dense_attention(stream: Stream, window: int | None) -> Attend:
+    """The mask that packing.py draws, written out."""
+    parts = [
+        (n, k, size) for n, (prompt, answers) in enumerate(stream.segments) for k, size in enumerate((prompt, *answers))
+    ]
+    sizes = torch.tensor([size for *_, size in parts])
+    segment, answer = (
+        torch.tensor(numbers).repeat_interleave(sizes).to(stream.input_ids.device)  # (T,); answer 0 is the prompt
+        for numbers in ([n for n, *_ in parts], [k for _, k, _ in parts])
+    )
+    mask = (segment[:, None] == segment) & ((answer == 0) | (answer[:, None] == answer))
+    mask &= visible(stream.positions, stream.positions, window)  # (T, T)
+    return lambda _layer, query, key, value: sdpa(query, key, value, mask=mask)
+
+
+def plan_for(pairs: PairSet, rows: np.ndarray, world: World, budget: int, off: list[str]) -> list[list[int]]:
+    """This rank's micro-batches: indices into `rows`."""
+    tokens = pairs.num_tokens[rows] + (0 if shares_prefix(off) else pairs.lengths[rows, 0])
+    return deal(tokens, world.size, 1 if "--no-packing" in off else budget)[world.rank]
+
+
+# --- one measurement -------------------------------------------------------------------------------------------------
+
+
+def measure(arguments: argparse.Namespace, world: World) -> dict:
+    cuda, (name, dims), off = world.device.type == "cuda", arguments.shape, arguments.off
+    budget, scale = arguments.budget or (16384 if cuda else 2048), arguments.scale or (1.0 if cuda else 0.25)
+    per_step = (arguments.pairs or (8 if cuda else 4)) * world.size
+    pairs = draw_pairs(per_step * arguments.steps, dims.vocab_size, scale)
+    steps = np.arange(len(pairs)).reshape(-1, per_step)
+    dtype, score = torch.bfloat16 if cuda else torch.float32, scorer(off, world.device)
+
+    model = weights.meta_model(dims)
+    distributed.shard(model, model.model.layers, world, dtype)
+    model.to_empty(device=world.device)
+    torch.manual_seed(SEED + world.rank)
+    for parameter in model.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        torch.nn.init.normal_(local, mean=float(parameter.ndim == 1), std=dims.initializer_range)
+    matmul = peak_flops(torch.cuda.get_device_name(world.device)) if cuda else cpu_flops(seconds=1.0)
+
+    reference = torch.zeros(len(pairs), 2, device=world.device)
+    with torch.no_grad():
+        for micro_batch in plan_for(pairs, steps[0], world, budget, off):
+            score(model, [pairs[i] for i in micro_batch])  # warm up
+        sum_over_ranks(reference).cpu()  # wait for the device and for each other
+        start = time.perf_counter()
+        for micro_batch in plan_for(pairs, np.arange(len(pairs)), world, budget, off):
+            reference[micro_batch] = score(model, [pairs[i] for i in micro_batch]).float()
+        sum_over_ranks(reference).cpu()
+        reference_seconds = time.perf_counter() - start
+    distributed.reshard(model)
+
+    optimizer = make_optimizer(model.parameters(), "rmsprop", LEARNING_RATE, weight_decay=0.0)
+    plans = [plan_for(pairs, rows, world, budget, off) for rows in steps]
+    ends, losses = [time.perf_counter()], []
+    for step, (rows, plan) in enumerate(zip(steps, plans, strict=True)):
+        rate = learning_rate_at(step, len(steps))
+        losses.append(train_step(model, optimizer, pairs, rows, reference, plan, rate, score))
+        ends.append(time.perf_counter())
+    seconds = np.diff(ends)[LEFT_OUT:]
+    flops, tokens = forward_flops(dims, pairs.lengths)[steps].sum(axis=1), pairs.num_tokens[steps].sum(axis=1)
+    if not cuda:
+        matmul = max(matmul, cpu_flops(seconds=1.0))  # others may have been at work the first time
+    peak = (matmul or math.nan) * world.size
+    return {
+        "shape": name, "variant": " ".join(off) or "as it is", "parameters": sum(num_parameters(dims)),
+        "device": torch.cuda.get_device_name(world.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "dtype": str(dtype).removeprefix("torch."), "ranks": world.size, "matmul_flops": matmul,
+        "pairs_per_step": per_step, "mean_lengths": pairs.lengths.mean(axis=0).round().tolist(),
+        "pairs_per_second": np.median(per_step / seconds),
+        "tokens_per_second": np.median(tokens[LEFT_OUT:] / seconds),
+        "peak_share": np.median(3 * flops[LEFT_OUT:] / seconds) / peak,
+        "reference_pairs_per_second": len(pairs) / reference_seconds,
+        "reference_peak_share": flops.sum() / reference_seconds / peak,
+        "memory_gib": peak_memory_gib(world.device), "last_loss": losses[-1],
+    }  # fmt: skip
+
+
+def table(results: list[dict]) -> str:
+    r = results[0]
+    matmul = engineering(r["matmul_flops"], "FLOP/s") if r["matmul_flops"] else "unknown"
+    lengths = " + ".join(f"{mean:.0f}" for mean in r["mean_lengths"])
+    lines = [
+        f"{r['shape']}: {r['parameters']:,} parameters, {r['dtype']}; {r['ranks']} x {r['device']}, peak {matmul}",
+        f"{r['pairs_per_step']} pairs a step, of {lengths} tokens on average\n",
+        "|  | pairs/s | unique tokens/s | of peak | reference pairs/s | of peak | peak GiB | last loss |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in results:
+        lines.append(
+            f"| {r['variant']} | {r['pairs_per_second']:.2f} | {r['tokens_per_second']:,.0f} | {r['peak_share']:.0%} | "
+            f"{r['reference_pairs_per_second']:.2f} | {r['reference_peak_share']:.0%} | {r['memory_gib']:.2f} | "
+            f"{r['last_loss']:.5f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=shape, default="bal", help="tiny, bal (the default) or 7b:N")
+    parser.add_argument("--scale", type=float, help="of the lengths (default: 0.25 on a CPU, 1 on GPUs)")
+    parser.add_argument("--pairs", type=int, help="a step and rank (default: 4 on a CPU, 8 on GPUs)")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--budget", type=int, help="tokens of a micro-batch (default: 2048 on a CPU, 16384 on GPUs)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--ablate", action="store_true", help="one row as it is, and one for each of these:")
+    for switch, text in SWITCHES.items():
+        parser.add_argument(switch, dest="off", action="append_const", const=switch, default=[], help=text)
+    arguments = parser.parse_args()
+    if arguments.steps <= LEFT_OUT:
+        parser.error(f"--steps is {arguments.steps}; the first {LEFT_OUT} do not count")
+    if not ALLOCATOR.items() <= os.environ.items():  # glibc reads them when a process starts
+        os.execve(sys.executable, sys.orig_argv, os.environ | ALLOCATOR)
+    if arguments.ablate:  # a process each, or the memory of one would count for the next
+        command = [argument for argument in sys.orig_argv if argument != "--ablate"]
+        outputs = [
+            subprocess.run([*command, *off], stdout=subprocess.PIPE, text=True, check=True).stdout
+            for off in ([], *([switch] for switch in SWITCHES))
+        ]
+        results = [json.loads(output.splitlines()[-1])[0] for output in outputs]
+    else:
+        results = [measure(arguments, distributed.start(arguments.device))]
+        distributed.stop()
+    if distributed.rank() == 0:
+        print(table(results))
+        print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
