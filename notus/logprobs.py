@@ -22,33 +22,32 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: int, keep_bytes: int) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logps, normalizers = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
+        ctx.wide = torch.promote_types(hidden.dtype, torch.float32)
         fits = len(hidden) * len(weight) * hidden.itemsize <= keep_bytes
         ctx.softmax = [] if fits and any(ctx.needs_input_grad) else None  # one (chunk, V) after another
+        logps = torch.empty(len(hidden), dtype=ctx.wide, device=hidden.device)
         for rows in _chunks(len(hidden), chunk_rows):
-            logits = (hidden[rows] @ weight.T).to(wide)  # (chunk, V)
-            normalizers[rows] = logits.logsumexp(-1)
-            logps[rows] = logits.gather(1, target[rows, None]).squeeze(1) - normalizers[rows]
+            log_softmax = (hidden[rows] @ weight.T).log_softmax(-1, dtype=ctx.wide)  # (chunk, V)
+            logps[rows] = log_softmax.gather(1, target[rows, None]).squeeze(1)
             if ctx.softmax is not None:
-                ctx.softmax.append(logits.sub_(normalizers[rows, None]).exp_().to(hidden.dtype))
-        ctx.save_for_backward(hidden, weight, target, normalizers)
+                ctx.softmax.append(log_softmax.exp_().to(hidden.dtype))
+        ctx.save_for_backward(hidden, weight, target)
         ctx.chunk_rows = chunk_rows
         return logps
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, normalizers = ctx.saved_tensors
+        hidden, weight, target = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         # The sum over chunks is kept wide: bfloat16 additions would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=ctx.wide) if ctx.needs_input_grad[1] else None
         for number, rows in enumerate(_chunks(len(hidden), ctx.chunk_rows)):
             if ctx.softmax is not None:
-                grad_logits = ctx.softmax[number] * -grad[rows, None]  # (chunk, V)
+                softmax = ctx.softmax[number]
             else:
-                grad_logits = (hidden[rows] @ weight.T).to(grad.dtype)
-                grad_logits.sub_(normalizers[rows, None]).exp_().mul_(-grad[rows, None])
-            grad_logits.scatter_add_(1, target[rows, None], grad[rows, None].to(grad_logits.dtype))
+                softmax = (hidden[rows] @ weight.T).softmax(-1, dtype=ctx.wide)
+            grad_logits = softmax * -grad[rows, None]  # (chunk, V)
+            grad_logits.scatter_add_(1, target[rows, None], grad[rows, None])
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[rows] = grad_logits @ weight
             if grad_weight is not None:
