@@ -337,6 +337,18 @@ def test_a_bfloat16_run_starts_at_log_2_within_its_rounding(run, finished: Path)
     assert {tensor.dtype for tensor in exported(out).values()} == {torch.bfloat16}
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("setting", ["train.compile=false", "train.compile=true", "distributed.cpu_offload=true"])
+def test_a_run_on_a_gpu_is_the_run_on_the_cpu_to_the_rounding_of_bfloat16(run, finished: Path, setting: str):
+    out = run("train.device=cuda", "train.compute_dtype=bfloat16", setting)
+    assert training(out)[0]["loss"] == pytest.approx(LOG2, abs=0.05)
+    for mine, other in zip(training(out), training(finished), strict=True):
+        assert mine["logps/chosen"] == pytest.approx(other["logps/chosen"], rel=0.02)
+    assert training(out)[-1]["loss"] == pytest.approx(training(finished)[-1]["loss"], abs=0.1)
+    assert (out / "checkpoints" / "step-00000008" / "checkpoint.json").is_file()
+
+
 def test_a_run_without_held_out_pairs(run, capsys):
     out = run("data.test=", "train.num_train_epochs=1")
     assert evaluations(out) == [] and len(training(out)) == 4
