@@ -21,8 +21,7 @@ import torch
 import torch.distributed as dist
 from conftest import write_mistral_tokenizer
 from safetensors.torch import load_file, save_file
-from test_plan import MISTRAL_7B
-from tiny import config_json, hf_load, hf_logps, save_checkpoint, tiny_config, tiny_model
+from tiny import MISTRAL_7B, config_json, hf_load, hf_logps, save_checkpoint, tiny_config, tiny_model
 
 from notus import config as configuration
 from notus import distributed, weights
@@ -402,7 +401,9 @@ def test_a_reference_that_is_not_the_policys_is_refused_with_the_pair(finished: 
     assert "in 1 of " in str(caught.value) and f"most in {victim.where}: policy [" in str(caught.value)
     assert "Delete reference.cache_dir" in str(caught.value)
     assert not dist.is_initialized()
-    assert training(out) == [] and not list(out.glob("final*"))
+    # The rows that are computed again at each start are random: if the victim was one, there is not even a log yet.
+    assert not (out / "metrics.jsonl").exists() or training(out) == []
+    assert not list(out.glob("final*"))
 
 
 def test_the_check_of_the_reference_allows_rounding_and_no_more(world_dir: Path):
