@@ -140,6 +140,7 @@ def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
     # Since the last line of the log: sums of METRICS, pairs and stream tokens; FLOPs; and when that was.
     window = np.array(run.manifest["window"]) if run.manifest else np.zeros(len(METRICS) + 2)
     flops, since = 0.0, time.monotonic()
+    pair_flops = 3 * forward_flops(inputs.dims, pairs.lengths)  # (P,) forward and backward
     for step in range(first_step, total_steps):
         rows = batch(len(pairs), setup.pairs_per_step, setup.seed, step)
         learning_rate = lr_at(step, total_steps, warmup_steps, setup.learning_rate)
@@ -167,7 +168,7 @@ def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
         if finite:  # what is not never reaches the weights
             optimizer.step()
             window += [*totals, len(rows), pairs.num_tokens[rows].sum()]
-            flops += 3 * forward_flops(inputs.dims, pairs.lengths[rows]).sum()
+            flops += pair_flops[rows].sum()
             skipped_in_a_row = 0
         else:
             skipped_in_a_row += 1

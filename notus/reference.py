@@ -35,7 +35,7 @@ from torch import Tensor
 from notus import config as configuration
 from notus import distributed, weights
 from notus.data import Pair, PairSet
-from notus.distributed import World, from_rank_zero, on_rank_zero, reshard, sum_over_ranks
+from notus.distributed import World, from_rank_zero, reshard, sum_over_ranks
 from notus.inputs import Inputs, read_inputs
 from notus.model import Mistral, MistralConfig, pair_logps
 from notus.packing import deal, pack_pairs
@@ -264,7 +264,6 @@ def fill(config: configuration.Config, inputs: Inputs, rows: int) -> str:
                     f"{name:11} {computed:,} pairs scored, {len(pairs) - computed:,} found in {cache.directory}; "
                     f"{min(rows, len(pairs))} computed again, largest difference {difference:.1e} nats"
                 )
-        on_rank_zero(world, lambda: None)
         return "\n".join(lines)
     finally:
         distributed.stop()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import config_json, gradients, hf_twin, logits_of, random_pairs, tiny_config, tiny_model, worst
+from tiny import MISTRAL_7B, config_json, gradients, hf_twin, logits_of, random_pairs, tiny_config, tiny_model, worst
 from torch import Tensor
 from transformers import MistralConfig as HFConfig
 from transformers import MistralForCausalLM
@@ -14,20 +14,6 @@ from transformers import MistralForCausalLM
 from notus.model import Mistral, MistralConfig, pair_logps, rotary_table
 from notus.packing import pack_pairs
 from notus.weights import meta_model
-
-MISTRAL_7B = MistralConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    sliding_window=4096,
-    tie_word_embeddings=False,
-)
 
 
 def random_config(rng: np.random.Generator, gqa_ratio: int) -> MistralConfig:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import pair_set, random_pairs, tiny_config, tiny_model
+from tiny import MISTRAL_7B, pair_set, random_pairs, tiny_config, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from notus.attention import PackedAttention
@@ -23,20 +23,6 @@ from notus.plan import (
     peak_flops,
 )
 from notus.weights import meta_model
-
-MISTRAL_7B = MistralConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    sliding_window=4096,
-    tie_word_embeddings=False,
-)
 
 
 def lengths(*pairs: tuple[int, int, int]) -> np.ndarray:
