@@ -149,7 +149,8 @@ def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
 
         # Sums of METRICS over pairs, and how many ranks were asked to stop.
         totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=world.device)
-        for micro_batch in deal(pairs.num_tokens[rows], world.size, setup.micro_batch_tokens)[world.rank]:
+        plan = deal(pairs.num_tokens[rows], pair_flops[rows], world.size, setup.micro_batch_tokens)[world.rank]
+        for micro_batch in plan:
             members = rows[micro_batch]  # the pairs of this rank's micro-batch; none, if there are fewer than ranks
             stream = pack_pairs([pairs[i] for i in members])
             policy = pair_logps(model, stream.to(world.device))  # (P, 2)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from notus import distributed, weights
 from notus.attention import PackedAttention, sdpa, visible
@@ -172,10 +172,22 @@ def dense_attention(stream: Stream, window: int | None) -> Attend:
 def plan_for(pairs: PairSet, rows: np.ndarray, world: World, budget: int, off: list[str]) -> list[list[int]]:
     """This rank's micro-batches: indices into `rows`."""
     tokens = pairs.num_tokens[rows] + (0 if shares_prefix(off) else pairs.lengths[rows, 0])
-    return deal(tokens, world.size, 1 if "--no-packing" in off else budget)[world.rank]
+    return deal(tokens, tokens, world.size, 1 if "--no-packing" in off else budget)[world.rank]
 
 
 # --- one measurement -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def initialize(model: Mistral, std: float) -> None:
+    """The same weights on any number of ranks: each rank draws a tensor whole and keeps its part."""
+    generator = torch.Generator(next(model.parameters()).device).manual_seed(SEED)
+    for parameter in model.parameters():
+        whole = torch.empty(parameter.shape, device=parameter.device)
+        whole.normal_(float(parameter.ndim == 1), std, generator=generator)
+        if isinstance(parameter, DTensor):
+            whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(whole)
 
 
 def measure(arguments: argparse.Namespace, world: World) -> dict:
@@ -189,10 +201,7 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
     model = weights.meta_model(dims)
     distributed.shard(model, model.model.layers, world, dtype)
     model.to_empty(device=world.device)
-    torch.manual_seed(SEED + world.rank)
-    for parameter in model.parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        torch.nn.init.normal_(local, mean=float(parameter.ndim == 1), std=dims.initializer_range)
+    initialize(model, dims.initializer_range)
     matmul = peak_flops(torch.cuda.get_device_name(world.device)) if cuda else cpu_flops(seconds=1.0)
 
     reference = torch.zeros(len(pairs), 2, device=world.device)
@@ -219,6 +228,7 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
     if not cuda:
         matmul = max(matmul, cpu_flops(seconds=1.0))  # others may have been at work the first time
     peak = (matmul or math.nan) * world.size
+    flops_per_second = np.median(3 * flops[LEFT_OUT:] / seconds)
     return {
         "shape": name, "variant": " ".join(off) or "as it is", "parameters": sum(num_parameters(dims)),
         "device": torch.cuda.get_device_name(world.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
@@ -226,10 +236,11 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
         "pairs_per_step": per_step, "mean_lengths": pairs.lengths.mean(axis=0).round().tolist(),
         "pairs_per_second": np.median(per_step / seconds),
         "tokens_per_second": np.median(tokens[LEFT_OUT:] / seconds),
-        "peak_share": np.median(3 * flops[LEFT_OUT:] / seconds) / peak,
+        "flops_per_second": flops_per_second, "peak_share": flops_per_second / peak,
         "reference_pairs_per_second": len(pairs) / reference_seconds,
         "reference_peak_share": flops.sum() / reference_seconds / peak,
-        "memory_gib": peak_memory_gib(world.device), "last_loss": losses[-1],
+        "memory_gib": max(distributed.gather(world, peak_memory_gib(world.device))), "last_loss": losses[-1],
+        "losses": losses,
     }  # fmt: skip
 
 

@@ -22,9 +22,10 @@ A segment may hold any number of answers: two for a pair, one for a plain sequen
 Legend: T tokens of the stream, R response tokens, S answers (sequences) in the stream, P pairs.
 """
 
-import heapq
+from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -95,29 +96,77 @@ def pack_pairs(pairs: Sequence[Pair]) -> Stream:
     return pack([(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
 
 
-def deal(lengths: Sequence[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
-    """Deal a step's pairs to ranks and micro-batches: `plan[rank][micro_batch]` is a list of indices into `lengths`.
+def deal(tokens: Sequence[int], costs: Sequence[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
+    """Deal a step's pairs, of `tokens` (P,) and `costs` (P,), to ranks and micro-batches: `plan[rank][micro_batch]` is
+    a list of indices into both.
 
-    Every rank gets the same number of micro-batches, the fewest for which none exceeds `budget` tokens (a single pair
-    longer than that gets one of its own), and about the same number of tokens: longest first, each to the emptiest
-    micro-batch (Graham 1969). Which pairs make up the step is not decided here, so the plan changes speed and memory,
-    never the result. Deterministic: every rank computes the same plan.
+    Every rank gets the same number of micro-batches, the fewest for which `spread` lets none exceed `budget` tokens (a
+    single pair longer than that gets one of its own). Ranks wait for each other in every micro-batch, so the dearest of
+    them sets the pace, and all are to cost the same. What `spread` leaves uneven, trades mend: the dearest micro-batch
+    gives a pair for a cheaper one, until no trade helps.
+
+    Costs are whole numbers in any unit (FLOPs, or the tokens again). So sums are exact, the trades come to an end, and
+    every rank computes the same plan. Which pairs make up the step is not decided here: the plan changes speed and
+    memory, never the result.
     """
-    lengths = [int(length) for length in lengths]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    per_rank = max(1, -(-sum(min(length, budget) for length in lengths) // (budget * num_ranks)))
-    while True:
-        bins: list[list[int]] = [[] for _ in range(per_rank * num_ranks)]
-        fill = [(0, b) for b in range(len(bins))]  # a heap of (tokens, bin)
-        for i in order:
-            tokens, b = heapq.heappop(fill)
-            bins[b].append(i)
-            heapq.heappush(fill, (tokens + lengths[i], b))
-        if all(tokens <= budget or len(bins[b]) == 1 for tokens, b in fill):
-            break
+    tokens, costs = (list(map(int, numbers)) for numbers in (tokens, costs))
+    per_rank = max(1, -(-sum(min(n, budget) for n in tokens) // (budget * num_ranks)))
+    while (bins := spread(tokens, costs, per_rank * num_ranks, budget)) is None:
         per_rank += 1
-    # Ranks wait for each other in every micro-batch, so those that run together are of neighbouring sizes; and who has
-    # the largest of one round has the smallest of the next.
-    largest_first = [sorted(bins[b]) for _, b in sorted(fill, key=lambda item: (-item[0], item[1]))]
-    rounds = [largest_first[m * num_ranks : (m + 1) * num_ranks][:: -1 if m % 2 else 1] for m in range(per_rank)]
+    while trade := find_trade(bins, tokens, costs, budget):
+        *both, i, j = trade
+        for b in both:
+            b.pairs ^= {i, j}  # who has a pair gives it, who has it not takes it
+            b.tokens, b.cost = (sum(numbers[k] for k in b.pairs) for numbers in (tokens, costs))
+        bins.sort(key=by_cost)
+    # Micro-batches that run together are of neighbouring costs; and who has the dearest of one round has the cheapest
+    # of the next.
+    dearest_first = [sorted(b.pairs) for b in reversed(bins)]
+    rounds = [dearest_first[m * num_ranks : (m + 1) * num_ranks][:: -1 if m % 2 else 1] for m in range(per_rank)]
     return [list(micro_batches) for micro_batches in zip(*rounds, strict=True)]
+
+
+@dataclass
+class Bin:
+    """A micro-batch that pairs are being dealt to."""
+
+    pairs: set[int] = field(default_factory=set)
+    tokens: int = 0
+    cost: int = 0
+
+
+by_cost = attrgetter("cost")
+
+
+def spread(tokens: list[int], costs: list[int], num_bins: int, budget: int) -> list[Bin] | None:
+    """Dearest pair first, each to the cheapest bin with room for it (Graham 1969) -> bins, the cheapest first; None if
+    a pair finds no room."""
+    bins = [Bin() for _ in range(num_bins)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        roomy = (place for place, b in enumerate(bins) if not b.pairs or b.tokens + tokens[i] <= budget)
+        if (place := next(roomy, None)) is None:
+            return None
+        b = bins.pop(place)
+        b.pairs.add(i)
+        b.tokens += tokens[i]
+        b.cost += costs[i]
+        insort(bins, b, key=by_cost)
+    return bins
+
+
+def find_trade(bins: list[Bin], tokens: list[int], costs: list[int], budget: int) -> tuple[Bin, Bin, int, int] | None:
+    """(dearest, other, i, j): both bins will cost less than the dearest does now if it gives pair i for pair j. The
+    other is the cheapest with which that can be done, and the pairs are those that leave the smallest gap."""
+    dearest = bins[-1]
+    for other in bins:
+        gap = dearest.cost - other.cost
+        trades = [
+            (abs(gap - 2 * (costs[i] - costs[j])), i, j)
+            for i in dearest.pairs
+            for j in other.pairs
+            if 0 < costs[i] - costs[j] < gap
+            and max(dearest.tokens - tokens[i] + tokens[j], other.tokens - tokens[j] + tokens[i]) <= budget
+        ]
+        if trades:
+            return dearest, other, *min(trades)[1:]
+    return None

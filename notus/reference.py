@@ -142,7 +142,8 @@ def score_pairs(
     How pairs are put together does not depend on `wanted`: a pass that is cut short and goes on gives the same bits.
     """
     for start in range(0, len(pairs), BLOCK_PAIRS):
-        plan = deal(pairs.num_tokens[start : start + BLOCK_PAIRS], world.size, budget)
+        tokens = pairs.num_tokens[start : start + BLOCK_PAIRS]
+        plan = deal(tokens, tokens, world.size, budget)  # so many pairs at a time cost about what they are long
         for micro_batches in zip(*plan, strict=True):  # the one of each rank
             indices = [
                 [start + i for i in micro_batch if wanted is None or wanted[start + i]] for micro_batch in micro_batches
