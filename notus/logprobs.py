@@ -17,46 +17,50 @@ class _TokenLogps(torch.autograd.Function):
     """logp[r] = log_softmax(hidden[r] @ weight.T)[target[r]].
 
     Its gradient by the logits is onehot(target) - softmax. The softmax is kept for backward while it fits into
-    `keep_bytes`; beyond that it is computed again, a chunk at a time: one more product with the head.
+    `keep_bytes`, and turned into the gradient in place; beyond that (or if backward runs twice) it is computed again,
+    a chunk at a time: one more product with the head.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, target: Tensor, chunk_rows: int, keep_bytes: int) -> Tensor:
         ctx.wide = torch.promote_types(hidden.dtype, torch.float32)
         fits = len(hidden) * len(weight) * hidden.itemsize <= keep_bytes
-        ctx.softmax = [] if fits and any(ctx.needs_input_grad) else None  # one (chunk, V) after another
+        ctx.softmax = {}  # chunk -> (chunk, V)
         logps = torch.empty(len(hidden), dtype=ctx.wide, device=hidden.device)
         for rows in _chunks(len(hidden), chunk_rows):
             log_softmax = (hidden[rows] @ weight.T).log_softmax(-1, dtype=ctx.wide)  # (chunk, V)
             logps[rows] = log_softmax.gather(1, target[rows, None]).squeeze(1)
-            if ctx.softmax is not None:
-                ctx.softmax.append(log_softmax.exp_().to(hidden.dtype))
-        ctx.save_for_backward(hidden, weight, target)
+            if fits and any(ctx.needs_input_grad):
+                ctx.softmax[rows.start] = log_softmax.exp_().to(hidden.dtype)
+            del log_softmax  # not beside the next chunk's
+        ctx.save_for_backward(hidden, weight, target, logps)
         ctx.chunk_rows = chunk_rows
         return logps
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, target = ctx.saved_tensors
+        hidden, weight, target, logps = ctx.saved_tensors
+        grad_target = -grad * logps.expm1()  # 1 - p, exact however close p is to 1
         grad_hidden = torch.empty_like(hidden)
         # The sum over chunks is kept wide: bfloat16 additions would lose the small ones.
-        grad_weight = torch.zeros_like(weight, dtype=ctx.wide) if ctx.needs_input_grad[1] else None
-        for number, rows in enumerate(_chunks(len(hidden), ctx.chunk_rows)):
-            if ctx.softmax is not None:
-                softmax = ctx.softmax[number]
-            else:
-                softmax = (hidden[rows] @ weight.T).softmax(-1, dtype=ctx.wide)
-            grad_logits = softmax * -grad[rows, None]  # (chunk, V)
-            grad_logits.scatter_add_(1, target[rows, None], grad[rows, None])
-            grad_logits = grad_logits.to(weight.dtype)
+        grad_weight = None
+        for rows in _chunks(len(hidden), ctx.chunk_rows):
+            softmax = ctx.softmax.pop(rows.start, None)  # used up: it becomes the gradient, in its own memory
+            if softmax is None:
+                softmax = (hidden[rows] @ weight.T).log_softmax(-1, dtype=ctx.wide).exp_()
+            grad_logits = softmax.mul_(-grad[rows, None]).to(weight.dtype)  # (chunk, V)
+            grad_logits.scatter_(1, target[rows, None], grad_target[rows, None].to(weight.dtype))
             grad_hidden[rows] = grad_logits @ weight
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[rows]
+            if ctx.needs_input_grad[1]:
+                product = (grad_logits.T @ hidden[rows]).to(ctx.wide)
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+            del softmax, grad_logits
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+    """At least one, which may be empty."""
+    return [slice(start, min(start + size, total)) for start in range(0, max(total, 1), size)]
 
 
 def token_logps(
