@@ -9,13 +9,21 @@ Legend: T tokens of the stream, H query heads, K key/value heads (H a multiple o
 window, S sequences of a cache, C its capacity in tokens, L new tokens of the longest sequence in one call.
 """
 
+import functools
+import inspect
+import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
-from notus.packing import Segment
+from notus.packing import Segment, to_device
+
+# torch 2.11 groups heads without being told.
+GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -35,18 +43,59 @@ def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) 
 class PackedAttention:
     """Exact attention over a packed stream: nothing is computed for pairs of tokens that cannot see each other.
 
-    Per segment, the prompt and its first answer are one plain causal sequence, so they share one call; each further
-    answer is a call of its own against [prompt | answer]. Tokens meet by position, so a sliding window is exact too.
+    The stream is cut into pieces. A prompt and its first answer are one plain causal sequence, and so one piece; each
+    further answer is a piece of its own, to whose keys the prompt's are added:
+
+        queries   p p p c c | r r              the stream itself
+        keys      p p p c c | p p p r r        a piece's queries are the last tokens of its keys
+
+    Tokens meet by position, so a sliding window is exact too. There are two ways through the same pieces: `one_by_one`,
+    by SDPA, and on GPUs in half precision `at_once`, a single call of FlashAttention for all of them.
+
+    flash: whether to go `at_once` where the dtype allows; None: if it works here, see `flash_works`.
     """
 
-    def __init__(self, segments: Sequence[Segment], window: int | None, device: torch.device):
+    def __init__(
+        self, segments: Sequence[Segment], window: int | None, device: torch.device, flash: bool | None = None
+    ):
         self.segments, self.window, self.device = segments, window, device
-        # One piece of the stream for each call: [prompt | first answer], second answer, ... of each segment.
+        self.flash = device.type == "cuda" and flash_works(device) if flash is None else flash
         self._pieces = [size for prompt, answers in segments for size in (prompt + sum(answers[:1]), *answers[1:])]
         self._masks: dict[tuple[int, int], Tensor] = {}  # shared by the layers of one forward pass
 
-    @torch.compiler.disable  # its loop over segments is another one for every stream; the layer around it is compiled
+    @torch.compiler.disable  # the pieces are others in every stream; the layer around them is compiled
     def __call__(self, _layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        return (self.at_once if self.flash and half else self.one_by_one)(query, key, value)
+
+    def at_once(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The kernel aligns its causal mask to the lower right: the last query with the last key, as drawn above."""
+        rows, query_ends, key_ends, longest_query, longest_key = self._layout
+        left = (
+            -1 if self.window is None or longest_key <= self.window else self.window - 1
+        )  # keys seen before one's own
+        sizes = query_ends, key_ends, longest_query, longest_key
+        return varlen_attn(query, key[rows], value[rows], *sizes, window_size=(left, 0), **GROUPED_HEADS)
+
+    @functools.cached_property
+    def _layout(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """Where in the stream each piece's keys are, (all keys,); where the pieces end, among queries and among keys,
+        from 0 (pieces + 1,); and how long the longest are."""
+        rows, key_sizes, start = [], [], 0
+        for prompt, (first, *others) in ((prompt, answers or (0,)) for prompt, answers in self.segments):
+            end = start + prompt + first
+            rows.append(np.arange(start, end))
+            key_sizes.append(prompt + first)
+            for answer in others:
+                rows += [np.arange(start, start + prompt), np.arange(end, end + answer)]
+                key_sizes.append(prompt + answer)
+                end += answer
+            start = end
+        ends = (torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)) for sizes in (self._pieces, key_sizes))
+        tensors = (to_device(tensor, self.device) for tensor in (torch.from_numpy(np.concatenate(rows)), *ends))
+        return *tensors, max(self._pieces), max(key_sizes)
+
+    def one_by_one(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         pieces = zip(*(x.split(self._pieces) for x in (query, key, value)), strict=True)
         out = []
         for prompt, answers in self.segments:
@@ -68,6 +117,32 @@ class PackedAttention:
             positions = torch.arange(cols, device=self.device)
             self._masks[rows, cols] = visible(positions[cols - rows :], positions, self.window)  # (rows, cols)
         return sdpa(query, key, value, mask=self._masks[rows, cols])
+
+
+@functools.cache
+def flash_works(device: torch.device) -> bool:
+    """Whether `at_once` gives here, in bfloat16, what `one_by_one` gives: values and gradients of pieces with more keys
+    than queries, grouped heads, with and without a window. If not, a warning says why. Some milliseconds, once."""
+    random, segments = torch.Generator(device).manual_seed(0), (Segment(70, (9, 130)), Segment(3, (1, 2)))
+    shapes = [(70 + 9 + 130 + 3 + 1 + 2, heads, 64) for heads in (4, 2, 2, 4)]
+    *inputs, weight = (torch.randn(shape, generator=random, device=device, dtype=torch.bfloat16) for shape in shapes)
+    try:
+        for window in (None, 50):
+            attend = PackedAttention(segments, window, device, flash=False)
+            results = []
+            for way in (attend.at_once, attend.one_by_one):
+                with torch.enable_grad():
+                    leaves = [x.clone().requires_grad_() for x in inputs]
+                    out = way(*leaves)
+                    results.append([out, *torch.autograd.grad(out, leaves, weight)])
+            for ours, truth in zip(*results, strict=True):
+                error = ((ours - truth).norm() / truth.norm()).item()
+                if not error < 0.02:  # bfloat16 rounds to 0.004; a mask that is off by one token is wrong by more
+                    raise RuntimeError(f"its results are off by {error:.0%}, with a window of {window}")
+    except (RuntimeError, TypeError, ValueError) as error:
+        warnings.warn(f"FlashAttention is not used, which costs speed: {error}", stacklevel=2)
+        return False
+    return True
 
 
 class KVCache:

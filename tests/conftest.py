@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import torch
 
 from notus.chat import ZEPHYR_TEMPLATE
 
 SENTENCEPIECE = files("mistral_common") / "data" / "tokenizer.model.v1"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @cache

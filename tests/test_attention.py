@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from notus.attention import KVCache, PackedAttention
+from notus import attention
+from notus.attention import KVCache, PackedAttention, flash_works
 from notus.packing import Segment
 
 HEAD_DIM = 4
@@ -67,16 +68,42 @@ def test_the_mask_of_a_pair_is_the_one_drawn_in_packing():
     assert drawn_mask([Segment(3, (2, 3))], None).int().tolist() == rows
 
 
+def kernel(align: str = "lower right", off: int = 0):
+    """What FlashAttention's `varlen_attn` computes, by the formula; or what it would with another alignment."""
+
+    def varlen_attn(query, key, value, query_ends, key_ends, longest_query, longest_key, *, window_size, enable_gqa):
+        assert enable_gqa and query_ends.dtype == key_ends.dtype == torch.int32
+        sizes = query_ends.diff().tolist(), key_ends.diff().tolist()
+        assert (longest_query, longest_key) == (max(sizes[0]), max(sizes[1]))
+        assert (len(query), len(key)) == (sum(sizes[0]), sum(sizes[1]))
+        left, right = window_size
+        out = []
+        for q, k, v in zip(query.split(sizes[0]), key.split(sizes[1]), value.split(sizes[1]), strict=True):
+            shift = len(k) - len(q) if align == "lower right" else 0
+            distance = shift + off + torch.arange(len(q))[:, None] - torch.arange(len(k))  # (l, s)
+            mask = (distance >= -right) & ((distance <= left) if left >= 0 else True)
+            wide = dense_attention(*(x.double() for x in (q, k, v)), mask)
+            out.append(wide.to(query.dtype))
+        return torch.cat(out)
+
+    return varlen_attn
+
+
+@pytest.mark.parametrize("way", ["one_by_one", "at_once"])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
-def test_packed_attention_is_the_drawing_in_values_and_gradients(segments: list[Segment], window: int | None):
+def test_packed_attention_is_the_drawing_in_values_and_gradients(
+    segments: list[Segment], window: int | None, way: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(attention, "varlen_attn", kernel())  # it runs on GPUs only; its pieces are planned anywhere
+    monkeypatch.setattr(attention, "GROUPED_HEADS", {"enable_gqa": True})
     mask = drawn_mask(segments, window)
     for heads, kv_heads in HEADS:
         inputs = draw(len(mask), heads, kv_heads)
-        attend = PackedAttention(segments, window, torch.device("cpu"))
-        ours, truth = attend(0, *inputs), dense_attention(*inputs, mask)
+        attend = getattr(PackedAttention(segments, window, torch.device("cpu")), way)
+        ours, truth = attend(*inputs), dense_attention(*inputs, mask)
         assert torch.allclose(ours, truth, rtol=0, atol=1e-14)
-        assert torch.equal(attend(1, *inputs), ours)  # the next layer, over the masks kept from the first
+        assert torch.equal(attend(*inputs), ours)  # the next layer, over what was kept from the first
         scale = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         for mine, true in zip(
             torch.autograd.grad((ours * scale).sum(), inputs),
@@ -84,6 +111,53 @@ def test_packed_attention_is_the_drawing_in_values_and_gradients(segments: list[
             strict=True,
         ):
             assert torch.allclose(mine, true, rtol=0, atol=1e-13)
+
+
+def test_flash_attention_is_for_half_precision(monkeypatch: pytest.MonkeyPatch):
+    attend = PackedAttention([Segment(3, (2, 3))], None, torch.device("cpu"), flash=True)
+    ways = []
+    for way in ("one_by_one", "at_once"):
+        monkeypatch.setattr(attend, way, lambda query, *_, way=way: ways.append((way, query.dtype)))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        attend(0, *(torch.empty(8, 1, 4, dtype=dtype) for _ in range(3)))
+    assert [way for way, _ in ways] == ["one_by_one", "one_by_one", "at_once", "at_once"]
+
+
+@pytest.mark.parametrize(
+    ("align", "off", "works"), [("lower right", 0, True), ("upper left", 0, False), ("lower right", -1, False)]
+)
+def test_a_kernel_that_aligns_its_mask_otherwise_is_not_used(
+    align: str, off: int, works: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+):
+    monkeypatch.setattr(attention, "varlen_attn", kernel(align, off))
+    monkeypatch.setattr(attention, "GROUPED_HEADS", {"enable_gqa": True})
+    assert flash_works.__wrapped__(torch.device("cpu")) == works
+    assert [str(warning.message)[:30] for warning in recwarn] == ([] if works else ["FlashAttention is not used, wh"])
+
+
+def test_a_kernel_that_does_not_run_is_not_used():
+    """The real one, on the CPU."""
+    with pytest.warns(UserWarning, match="FlashAttention is not used"):
+        assert not flash_works.__wrapped__(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 200])
+def test_on_a_gpu_flash_attention_is_used_and_agrees_with_float32(window: int | None):
+    device = torch.device("cuda")
+    assert flash_works(device)
+    segments = [Segment(161, (298, 281)), Segment(512, (512, 400)), Segment(1, (1, 2))]
+    random = torch.Generator(device).manual_seed(0)
+    tokens = sum(prompt + sum(answers) for prompt, answers in segments)
+    inputs = [torch.randn(tokens, n, 128, generator=random, device=device) for n in (32, 8, 8)]
+    attend = PackedAttention(segments, window, device)
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.bfloat16().to(dtype).requires_grad_() for x in inputs]
+        out = attend(0, *leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for ours, truth in zip(*results, strict=True):
+        assert (ours.float() - truth).norm() < 0.02 * truth.norm()
 
 
 @pytest.mark.parametrize("window", WINDOWS)
