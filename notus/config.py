@@ -68,8 +68,9 @@ class Train:
         "of matmuls and activations; masters and optimizer are always float32", "bfloat16"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto: cuda where there is one", "auto")
-    activation_checkpointing: int = setting(
-        "0 none, 1 every layer, n every n-th layer is recomputed in backward", 0, "[0, inf)"
+    activation_checkpointing: Literal["auto", "none", "elementwise", "half", "full"] = setting(
+        "what backward computes again; auto: the least that fits",
+        "auto",
     )
     compile: bool = setting("torch.compile each layer: a minute at the start, fewer passes over memory after", False)
     eval_steps: int = setting("steps between evaluations on data.test", 100, "[1, inf)")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from notus.attention import PackedAttention
 from notus.chat import read_json
@@ -105,9 +105,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = _wide(x)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -135,12 +133,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int, rows: Tensor | None
+    ) -> Tensor:
         query = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, d)
         key = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
         value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
         out = attend(layer, rotate(query, *rotary), rotate(key, *rotary), value)  # (T, H, d)
-        return self.o_proj(out.flatten(-2))
+        out = out.flatten(-2)  # (T, H * d)
+        return self.o_proj(out if rows is None else out[rows])
 
 
 class MLP(nn.Module):
@@ -164,13 +165,37 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, attend, layer)  # (T, D)
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int, rows: Tensor | None = None
+    ) -> Tensor:
+        """(T, D) -> (T, D); with `rows` only those of the stream (R, D): of the others just keys and values matter."""
+        out = self.self_attn(self.input_layernorm(x), rotary, attend, layer, rows)
+        x = out + (x if rows is None else x[rows])
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+# Activation checkpointing, from the least work done twice to the least memory. `elementwise`: norms, rotary positions
+# and SwiGLU are computed again in backward; what matrix products and attention gave is kept. `half`: of every second
+# layer only the input is kept, the others are as before. `full`: of every layer.
+RECOMPUTE = ("none", "elementwise", "half", "full")
+
+
+def is_product(op: torch._ops.OpOverload) -> bool:
+    """A matrix product or attention, by whichever kernel: worth its memory."""
+    return op.name() == "aten::mm" or "attention" in op.name() or "attn" in op.name()
+
+
+def keep_products() -> tuple:
+    """What torch.utils.checkpoint asks of its `context_fn`: keep products, recompute the rest."""
+
+    def policy(_context, op, *_arguments, **_named) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if is_product(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 class Decoder(nn.Module):
-    """Token ids -> normalized hidden states."""
+    """Token ids -> normalized hidden states of the wanted tokens."""
 
     def __init__(self, config: MistralConfig):
         super().__init__()
@@ -178,17 +203,31 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute_every = 0  # activation checkpointing: of every n layers, one keeps only its input (0: none)
+        self.recompute, self.compiled = "none", False
 
-    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor) -> Tensor:
+        """(T,), (T,), rows (R,) -> (R, D)"""
         x = self.embed_tokens(input_ids)  # (T, D)
         rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for index, layer in enumerate(self.layers):
-            if self.recompute_every and index % self.recompute_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, attend, index, use_reentrant=False)
+            inputs = x, rotary, attend, index, rows if index == len(self.layers) - 1 else None
+            if not torch.is_grad_enabled() or self.recompute == "none":
+                x = layer(*inputs)
+            elif self.recompute == "full" or (self.recompute == "half" and index % 2 == 0):
+                x = checkpoint(layer, *inputs, use_reentrant=False)
+            elif self.compiled:
+                x = layer(*inputs)  # the compiler has seen to it
             else:
-                x = layer(x, rotary, attend, index)
+                x = checkpoint(layer, *inputs, use_reentrant=False, context_fn=keep_products)
         return self.norm(x)
+
+    def compile_layers(self) -> None:
+        """torch.compile each layer in place: no name changes, and streams of any length are one compilation. What is to
+        be recomputed must be known by now."""
+        torch._functorch.config.aggressive_recomputation = self.recompute != "none"  # its name for `elementwise`
+        for layer in self.layers:
+            layer.compile(dynamic=True)
+        self.compiled = True
 
 
 class Mistral(nn.Module):
@@ -208,7 +247,7 @@ class Mistral(nn.Module):
 
         With targets: log p(target | all that `source` sees), (R,) in nats. Without: logits (R, V). float32 or wider.
         """
-        hidden = self.model(input_ids, positions, attend)[source]  # (R, D)
+        hidden = self.model(input_ids, positions, attend, source)  # (R, D)
         head = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight  # (V, D)
         if target is None:
             return _wide(hidden @ head.T)

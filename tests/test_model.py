@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import MISTRAL_7B, config_json, gradients, hf_twin, logits_of, random_pairs, tiny_config, tiny_model, worst
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig as HFConfig
 from transformers import MistralForCausalLM
 
@@ -77,22 +78,32 @@ def test_mistral_7b_has_its_291_tensors_and_7241732096_parameters():
 # --- the forward pass ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("every", "recomputed"), [(1, [0, 1, 2, 3, 4]), (2, [0, 2, 4]), (3, [0, 3]), (9, [0])])
-def test_recomputed_layers_give_identical_gradients(every: int, recomputed: list[int]):
+@pytest.mark.parametrize(("level", "products_again"), [("none", 0), ("elementwise", 0), ("half", 3), ("full", 5)])
+def test_what_is_recomputed_changes_no_bit_of_the_gradients(level: str, products_again: int):
+    """products_again: of how many of the 5 layers the matrix products run twice."""
     model = tiny_model(tiny_config(num_hidden_layers=5, sliding_window=6))
     stream = pack_pairs(random_pairs(np.random.default_rng(0), 4, model.config.vocab_size))
     plain = gradients(pair_logps(model, stream).sum(), model)
-    runs = [0] * 5
-    for index, layer in enumerate(model.model.layers):
-        layer.register_forward_pre_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
-    model.model.recompute_every = every
-    logps = pair_logps(model, stream)
-    assert runs == [1] * 5
-    again = gradients(logps.sum(), model)
+    model.model.recompute = level
+    with Products() as forward:
+        logps = pair_logps(model, stream)
+    with Products() as backward:
+        again = gradients(logps.sum(), model)
     assert all(torch.equal(again[name], plain[name]) for name in plain)
-    assert [index for index in range(5) if runs[index] == 2] == recomputed
+    assert forward.count == 5 * 7 + 1  # each layer's, and the head's; backward has two for each of them
+    assert backward.count == 2 * forward.count + products_again * 6  # down_proj's result is not needed again
     with torch.no_grad():
         assert torch.equal(pair_logps(model, stream), logps)
+
+
+class Products(TorchDispatchMode):
+    """How many matrix products run."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **kwargs or {})
 
 
 def test_log_probs_are_those_of_the_logits():
