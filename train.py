@@ -26,15 +26,15 @@ from notus import distributed, weights
 from notus.card import model_card
 from notus.checkpoint import Checkpoints, Preempted, StopSignal
 from notus.config import Config
-from notus.data import batch, describe_counts, describe_pair, steps_per_epoch
+from notus.data import ahead, batch, describe_counts, describe_pair, steps_per_epoch
 from notus.distributed import World, from_rank_zero, full_tensor, on_rank_zero, sum_over_ranks
 from notus.inputs import Inputs, read_inputs
 from notus.losses import dpo_loss, preference_metrics
 from notus.metrics import Console, MetricsLog, duration, environment, peak_memory_gib
 from notus.model import pair_logps
 from notus.optim import lr_at, make_optimizer
-from notus.packing import deal, pack_pairs
-from notus.plan import describe_cost, forward_flops, peak_flops
+from notus.packing import Stream, deal, pack_pairs, to_device
+from notus.plan import GIB, describe_cost, forward_flops, least_recomputation, peak_flops
 from notus.plot import plot
 from notus.reference import ReferenceCache, cache_header, check_same, reference_logps, score_pairs, verify
 from notus.weights import write_atomically
@@ -77,10 +77,9 @@ def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
     # --- the policy, in shards ---
     compute_dtype = getattr(torch, setup.compute_dtype)
     model = weights.meta_model(inputs.dims)
-    model.model.recompute_every = setup.activation_checkpointing
+    model.model.recompute = recomputation(config, inputs, world)
     if setup.compile:
-        for layer in model.model.layers:
-            layer.compile(dynamic=True)  # in place: no name changes, and streams of any length are one compilation
+        model.model.compile_layers()
     distributed.shard(model, model.model.layers, world, compute_dtype, config.distributed.cpu_offload)
     host = torch.device("cpu")
     weights.load_weights(model, config.model.path, host if config.distributed.cpu_offload else world.device)
@@ -103,7 +102,7 @@ def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
         say(f"reference   {computed:,} {name} scored, {found:,} found in {cache.directory}")
         if found:
             verify(model, pair_set, reference, world, budget, compute_dtype)
-        references.append(reference.to(world.device))
+        references.append(reference)
     reference, held_out_reference = references
 
     # --- where the run stands ---
@@ -120,7 +119,7 @@ def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
         totals = torch.zeros(len(METRICS), dtype=torch.float64, device=world.device)
         score_pairs(
             model, held_out, world, setup.micro_batch_tokens,
-            lambda rows, policy: totals.add_(sums(policy, held_out_reference[rows], config)[1]),
+            lambda rows, policy: totals.add_(sums(policy, held_out_reference[rows].to(world.device), config)[1]),
         )  # fmt: skip
         means = (sum_over_ranks(totals) / len(held_out)).tolist()
         evaluation = {f"eval_{name}": mean for name, mean in zip(METRICS, means, strict=True)}
@@ -141,22 +140,27 @@ def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
     window = np.array(run.manifest["window"]) if run.manifest else np.zeros(len(METRICS) + 2)
     flops, since = 0.0, time.monotonic()
     pair_flops = 3 * forward_flops(inputs.dims, pairs.lengths)  # (P,) forward and backward
-    for step in range(first_step, total_steps):
+
+    def prepared(step: int) -> tuple[int, np.ndarray, list[tuple[np.ndarray, Stream]]]:
+        """The pairs of a step, and this rank's micro-batches: which of them (none, if there are fewer than ranks), and
+        their stream."""
         rows = batch(len(pairs), setup.pairs_per_step, setup.seed, step)
+        plan = deal(pairs.num_tokens[rows], pair_flops[rows], world.size, setup.micro_batch_tokens)[world.rank]
+        return step, rows, [(rows[part], pack_pairs([pairs[i] for i in rows[part]])) for part in plan]
+
+    for step, rows, micro_batches in ahead(map(prepared, range(first_step, total_steps))):
         learning_rate = lr_at(step, total_steps, warmup_steps, setup.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
         # Sums of METRICS over pairs, and how many ranks were asked to stop.
         totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=world.device)
-        plan = deal(pairs.num_tokens[rows], pair_flops[rows], world.size, setup.micro_batch_tokens)[world.rank]
-        for micro_batch in plan:
-            members = rows[micro_batch]  # the pairs of this rank's micro-batch; none, if there are fewer than ranks
-            stream = pack_pairs([pairs[i] for i in members])
+        for members, stream in micro_batches:
             policy = pair_logps(model, stream.to(world.device))  # (P, 2)
+            reference_logps_ = to_device(reference[members], world.device)  # (P, 2)
             if step == 0:
-                check_same(pairs, members, policy, reference[members], compute_dtype)
-            losses, metric_sums = sums(policy, reference[members], config)
+                check_same(pairs, members, policy, reference_logps_, compute_dtype)
+            losses, metric_sums = sums(policy, reference_logps_, config)
             (losses.sum() / len(rows)).backward()  # over the pairs of the whole step, whatever the micro-batch
             totals[:-1] += metric_sums
         totals[-1] = run.stop.received
@@ -231,6 +235,18 @@ def sums(policy: Tensor, reference: Tensor, config: Config) -> tuple[Tensor, Ten
     losses = dpo_loss(*logps, config.dpo.beta, config.dpo.label_smoothing)
     values = {"loss": losses.detach(), **preference_metrics(*logps, config.dpo.beta)}
     return losses, torch.stack([values[name].double().sum() for name in METRICS])
+
+
+def recomputation(config: Config, inputs: Inputs, world: World) -> str:
+    """train.activation_checkpointing, with `auto` made one of model.RECOMPUTE."""
+    setup, parallel = config.train, config.distributed
+    if setup.activation_checkpointing != "auto":
+        return setup.activation_checkpointing
+    if world.device.type == "cpu":
+        return "none"
+    memory = torch.cuda.get_device_properties(world.device).total_memory / GIB
+    run = inputs.dims, world.size // parallel.replicate, getattr(torch, setup.compute_dtype), setup.optimizer
+    return least_recomputation(memory, *run, setup.micro_batch_tokens, parallel.cpu_offload)
 
 
 # --- the output folder -----------------------------------------------------------------------------------------------
@@ -356,19 +372,10 @@ def summary(config: Config, first: dict, last: dict, total_steps: int, seconds: 
 
 
 def dry_run(config: Config, inputs: Inputs, num_gpus: int) -> str:
-    setup, num_pairs = config.train, len(inputs.train)
-    steps = steps_per_epoch(num_pairs, setup.pairs_per_step) * setup.num_train_epochs
-    cost = describe_cost(
-        inputs.dims, inputs.train.lengths, inputs.test.lengths,
-        epochs=setup.num_train_epochs, evaluations=2 + (steps - 1) // setup.eval_steps, num_gpus=num_gpus,
-        dtype=getattr(torch, setup.compute_dtype), optimizer=setup.optimizer,
-        micro_batch_tokens=setup.micro_batch_tokens, recompute_every=setup.activation_checkpointing,
-    )  # fmt: skip
     return (
         f"train       {describe_counts(inputs.train.counts)}\n"
         f"held out    {describe_counts(inputs.test.counts) if len(inputs.test) else 'none'}\n"
-        f"steps       {steps:,}: {setup.num_train_epochs} epochs of {num_pairs:,} pairs, {setup.pairs_per_step} each\n"
-        f"{cost}\n\n"
+        f"{describe_cost(config, inputs.dims, inputs.train.lengths, inputs.test.lengths, num_gpus)}\n\n"
         f"the first pair, {inputs.train[0].where}:\n"
         f"{describe_pair(inputs.train[0], inputs.tokenizer)}"
     )

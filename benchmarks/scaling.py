@@ -31,7 +31,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from step import ALLOCATOR, LEFT_OUT, draw_pairs, shape
+from step import LEFT_OUT, draw_pairs, shape
 from torch import Tensor
 
 from notus.logprobs import CHUNK_ROWS, KEEP_BYTES, token_logps
@@ -53,7 +53,7 @@ def run_step(arguments: argparse.Namespace, processes: int = 1, **settings: floa
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] * (processes > 1)
     settings |= {"shape": arguments.shape[0], "steps": arguments.steps, "device": arguments.device}
     step = [str(Path(__file__).with_name("step.py")), *(f"--{name}={value}" for name, value in settings.items())]
-    environment = os.environ | ALLOCATOR | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // processes))}
     command = [sys.executable, *launcher, *step]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])[0]

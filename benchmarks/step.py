@@ -1,7 +1,7 @@
 """How fast is a training step, and what is each technique worth?
 
     python benchmarks/step.py                                    on what there is, a GPU or a CPU; a minute
-    python benchmarks/step.py --ablate                           five times: as it is, then each technique off in turn
+    python benchmarks/step.py --ablate                           as it is, then each technique off in turn
     torchrun --nproc-per-node 8 benchmarks/step.py --shape 7b:32
 
 Random weights, random tokens, lengths as UltraFeedback has them: a step costs what it costs, whatever the weights say.
@@ -15,7 +15,6 @@ Legend: P pairs, T tokens of a stream, S answers in it, R response tokens, V voc
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -33,7 +32,7 @@ from notus.distributed import World, full_tensor, sum_over_ranks
 from notus.logprobs import sequence_logps
 from notus.losses import dpo_loss, preference_metrics
 from notus.metrics import peak_memory_gib
-from notus.model import Attend, Mistral, MistralConfig, pair_logps
+from notus.model import RECOMPUTE, Attend, Mistral, MistralConfig, pair_logps
 from notus.optim import lr_at, make_optimizer
 from notus.packing import Stream, deal, pack, pack_pairs
 from notus.plan import cpu_flops, engineering, forward_flops, num_parameters, peak_flops
@@ -45,12 +44,7 @@ SWITCHES = {
     "--no-packing": "one sequence at a time",
     "--full-head": "log_softmax of all scored rows at once, by plain torch",
     "--dense-mask": "one SDPA over the whole stream, with a (T, T) mask",
-}
-# Memory comes in huge pages and is kept for the next step: else a CPU spends much of its time on page faults.
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "100000000000",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "THP_MEM_ALLOC_ENABLE": "1",
+    "--no-flash": "on a GPU: one SDPA for each piece of the stream",
 }
 
 Score = Callable[[Mistral, Sequence[Pair]], Tensor]  # P pairs -> (P, 2) log-probabilities, in nats
@@ -143,7 +137,9 @@ def shares_prefix(off: list[str]) -> bool:
 def answer_logps(model: Mistral, stream: Stream, off: list[str]) -> Tensor:
     """(S,)"""
     window = model.config.sliding_window
-    attend = PackedAttention(stream.segments, window, stream.input_ids.device)
+    attend = PackedAttention(
+        stream.segments, window, stream.input_ids.device, flash=False if "--no-flash" in off else None
+    )
     if "--dense-mask" in off:
         attend = dense_attention(stream, window)
     if "--full-head" in off:
@@ -169,10 +165,13 @@ def dense_attention(stream: Stream, window: int | None) -> Attend:
     return lambda _layer, query, key, value: sdpa(query, key, value, mask=mask)
 
 
-def plan_for(pairs: PairSet, rows: np.ndarray, world: World, budget: int, off: list[str]) -> list[list[int]]:
+def plan_for(
+    pairs: PairSet, rows: np.ndarray, dims: MistralConfig, world: World, budget: int, off: list[str]
+) -> list[list[int]]:
     """This rank's micro-batches: indices into `rows`."""
     tokens = pairs.num_tokens[rows] + (0 if shares_prefix(off) else pairs.lengths[rows, 0])
-    return deal(tokens, tokens, world.size, 1 if "--no-packing" in off else budget)[world.rank]
+    costs = forward_flops(dims, pairs.lengths[rows])
+    return deal(tokens, costs, world.size, 1 if "--no-packing" in off else budget)[world.rank]
 
 
 # --- one measurement -------------------------------------------------------------------------------------------------
@@ -199,6 +198,9 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
     dtype, score = torch.bfloat16 if cuda else torch.float32, scorer(off, world.device)
 
     model = weights.meta_model(dims)
+    model.model.recompute = arguments.recompute
+    if arguments.compile:
+        model.model.compile_layers()
     distributed.shard(model, model.model.layers, world, dtype)
     model.to_empty(device=world.device)
     initialize(model, dims.initializer_range)
@@ -206,18 +208,18 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
 
     reference = torch.zeros(len(pairs), 2, device=world.device)
     with torch.no_grad():
-        for micro_batch in plan_for(pairs, steps[0], world, budget, off):
+        for micro_batch in plan_for(pairs, steps[0], dims, world, budget, off):
             score(model, [pairs[i] for i in micro_batch])  # warm up
         sum_over_ranks(reference).cpu()  # wait for the device and for each other
         start = time.perf_counter()
-        for micro_batch in plan_for(pairs, np.arange(len(pairs)), world, budget, off):
+        for micro_batch in plan_for(pairs, np.arange(len(pairs)), dims, world, budget, off):
             reference[micro_batch] = score(model, [pairs[i] for i in micro_batch]).float()
         sum_over_ranks(reference).cpu()
         reference_seconds = time.perf_counter() - start
     distributed.reshard(model)
 
     optimizer = make_optimizer(model.parameters(), "rmsprop", LEARNING_RATE, weight_decay=0.0)
-    plans = [plan_for(pairs, rows, world, budget, off) for rows in steps]
+    plans = [plan_for(pairs, rows, dims, world, budget, off) for rows in steps]
     ends, losses = [time.perf_counter()], []
     for step, (rows, plan) in enumerate(zip(steps, plans, strict=True)):
         rate = learning_rate_at(step, len(steps))
@@ -230,7 +232,8 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
     peak = (matmul or math.nan) * world.size
     flops_per_second = np.median(3 * flops[LEFT_OUT:] / seconds)
     return {
-        "shape": name, "variant": " ".join(off) or "as it is", "parameters": sum(num_parameters(dims)),
+        "shape": name, "variant": " ".join(off) or "as it is", "recompute": arguments.recompute,
+        "compile": arguments.compile, "parameters": sum(num_parameters(dims)),
         "device": torch.cuda.get_device_name(world.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "dtype": str(dtype).removeprefix("torch."), "ranks": world.size, "matmul_flops": matmul,
         "pairs_per_step": per_step, "mean_lengths": pairs.lengths.mean(axis=0).round().tolist(),
@@ -271,19 +274,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budget", type=int, help="tokens of a micro-batch (default: 2048 on a CPU, 16384 on GPUs)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--recompute", default="none", choices=RECOMPUTE, help="as train.activation_checkpointing")
+    parser.add_argument("--compile", action="store_true", help="as train.compile")
     parser.add_argument("--ablate", action="store_true", help="one row as it is, and one for each of these:")
     for switch, text in SWITCHES.items():
         parser.add_argument(switch, dest="off", action="append_const", const=switch, default=[], help=text)
     arguments = parser.parse_args()
     if arguments.steps <= LEFT_OUT:
         parser.error(f"--steps is {arguments.steps}; the first {LEFT_OUT} do not count")
-    if not ALLOCATOR.items() <= os.environ.items():  # glibc reads them when a process starts
-        os.execve(sys.executable, sys.orig_argv, os.environ | ALLOCATOR)
     if arguments.ablate:  # a process each, or the memory of one would count for the next
+        cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
         command = [argument for argument in sys.orig_argv if argument != "--ablate"]
         outputs = [
             subprocess.run([*command, *off], stdout=subprocess.PIPE, text=True, check=True).stdout
-            for off in ([], *([switch] for switch in SWITCHES))
+            for off in ([], *([switch] for switch in SWITCHES if cuda or switch != "--no-flash"))
         ]
         results = [json.loads(output.splitlines()[-1])[0] for output in outputs]
     else:

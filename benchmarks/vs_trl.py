@@ -3,13 +3,14 @@
     pip install -e .[bench]
     OMP_NUM_THREADS=2 python benchmarks/vs_trl.py                some five minutes, on a CPU in float32
 
-Two TRLs: `shipped`, four pairs a batch, which pads and on a CPU gives every position to the language model head, and
-`strongest`, the fastest found: one pair a micro-batch, accumulated four times, and the head on completion rows only,
-in tiles of 256 (on a GPU TRL selects these rows by itself; here `run_trl` replaces two names in its modules). Both with
-the reference precomputed, no gradient checkpointing, no dropout. Every run is a process of its own, all with the same
-allocator settings, and rounds alternate between the trainers; a ratio is the median over rounds of the ratio within a
-round. Steps are timed from one's end to the next one's, data loading included; the first two are left out, and the
-median of the others counts. The reference pass is timed as a whole: notus's with its cache, TRL's without.
+Three TRLs: `shipped`, four pairs a batch, which pads and on a CPU gives every position to the language model head;
+`kept`, the same with freed memory kept for the next step, as notus does it by itself on a CPU; and `strongest`, the
+fastest found: memory kept, one pair a micro-batch, accumulated four times, and the head on completion rows only, in
+tiles of 256 (on a GPU TRL selects these rows by itself; here `run_trl` replaces two names in its modules). All with the
+reference precomputed, no gradient checkpointing, no dropout. Every run is a process of its own, and rounds alternate
+between the trainers; a ratio is the median over rounds of the ratio within a round. Steps are timed from one's end to
+the next one's, data loading included; the first two are left out, and the median of the others counts. The reference
+pass is timed as a whole: notus's with its cache, TRL's without.
 
 Exits with 1 if a loss of any step differs by more than 1e-3.
 """
@@ -29,7 +30,6 @@ from statistics import median
 import numpy as np
 import torch
 from step import (
-    ALLOCATOR,
     BETA,
     LEARNING_RATE,
     LEFT_OUT,
@@ -51,7 +51,7 @@ from notus.optim import make_optimizer
 from notus.reference import ReferenceCache, cache_header, reference_logps
 
 PAIRS_PER_STEP, BUDGET, TOLERANCE = 4, 2048, 1e-3
-TRAINERS = ("notus", "shipped", "strongest")
+TRAINERS = ("notus", "shipped", "kept", "strongest")
 
 
 def write_checkpoint(directory: Path, dims: MistralConfig) -> None:
@@ -82,14 +82,14 @@ def run_notus(directory: Path, dims: MistralConfig, pairs: PairSet) -> dict:
     score, steps = scorer([], world.device), np.arange(len(pairs)).reshape(-1, PAIRS_PER_STEP)
     ends, losses = [time.perf_counter()], []
     for step, rows in enumerate(steps):
-        plan, rate = plan_for(pairs, rows, world, BUDGET, []), learning_rate_at(step, len(steps))
+        plan, rate = plan_for(pairs, rows, dims, world, BUDGET, []), learning_rate_at(step, len(steps))
         losses.append(train_step(model, optimizer, pairs, rows, reference, plan, rate, score))
         ends.append(time.perf_counter())
     distributed.stop()
     return {"losses": losses, "ends": ends, "reference_seconds": reference_seconds}
 
 
-def run_trl(directory: Path, dims: MistralConfig, pairs: PairSet, strongest: bool) -> dict:
+def run_trl(directory: Path, dims: MistralConfig, pairs: PairSet, peer: str) -> dict:
     import trl.kernels.chunked_logprob
     import trl.trainer.utils
     from datasets import Dataset
@@ -97,7 +97,9 @@ def run_trl(directory: Path, dims: MistralConfig, pairs: PairSet, strongest: boo
     from trl import DPOConfig, DPOTrainer
 
     micro_batch = PAIRS_PER_STEP
-    if strongest:
+    if peer != "shipped":
+        distributed.keep_freed_memory()
+    if peer == "strongest":
         micro_batch = 1
         trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE = 256  # instead of 4096
         trl.trainer.utils._use_triton = lambda _device: True  # asked only whether to select completion rows
@@ -166,10 +168,7 @@ def run(trainer: str, directory: Path, arguments: argparse.Namespace) -> dict:
     """One run, in this process."""
     name, dims = arguments.shapes[0]
     pairs = draw_pairs(PAIRS_PER_STEP * arguments.steps, dims.vocab_size, arguments.scale)
-    if trainer == "notus":
-        result = run_notus(directory, dims, pairs)
-    else:
-        result = run_trl(directory, dims, pairs, trainer == "strongest")
+    result = run_notus(directory, dims, pairs) if trainer == "notus" else run_trl(directory, dims, pairs, trainer)
     seconds = np.diff(result["ends"])
     assert len(result["losses"]) == len(seconds) == arguments.steps
     return {
@@ -230,7 +229,7 @@ def main() -> int:
 
     results = []
     quiet = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment = os.environ | ALLOCATOR | quiet
+    environment = os.environ | quiet
     for name, dims in arguments.shapes:
         rounds = []
         with tempfile.TemporaryDirectory() as directory:

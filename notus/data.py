@@ -16,9 +16,10 @@ import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,7 @@ from notus.chat import ChatTemplate, with_system_turn
 from notus.tokenizer import Tokenizer
 
 Message = dict[str, str]
+T = TypeVar("T")
 
 
 class Row(NamedTuple):
@@ -362,6 +364,16 @@ def describe_pair(pair: Pair, tokenizer: Tokenizer, max_characters: int = 400) -
 def steps_per_epoch(num_pairs: int, pairs_per_step: int) -> int:
     """The last step of an epoch may be smaller; no pair is left out."""
     return -(-num_pairs // pairs_per_step)
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made by a thread while the one before it is used."""
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield item
 
 
 def batch(num_pairs: int, pairs_per_step: int, seed: int, step: int) -> np.ndarray:

@@ -962,7 +962,7 @@ def test_what_does_not_change_the_result_may_change(home: Path, spoiled: Path, t
     shutil.copy(home / "train.jsonl", tmp_path / "moved.jsonl")
     said = finish(
         spoiled, home, f"model.path={moved}", f"data.train={tmp_path / 'moved.jsonl'}", "train.save_steps=1",
-        "train.keep_checkpoints=5", "train.micro_batch_tokens=60", "train.activation_checkpointing=1",
+        "train.keep_checkpoints=5", "train.micro_batch_tokens=60", "train.activation_checkpointing=full",
         f"data.cache_dir={tmp_path / 'tokens'}", "train.export_dtype=bfloat16", "train.max_skipped_steps=9",
     )  # fmt: skip
     assert "resuming    after step 6" in said

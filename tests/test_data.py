@@ -4,6 +4,8 @@ the text that transformers renders: one BOS, one EOS, TRL 0.7's truncation."""
 import gzip
 import json
 import multiprocessing
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from notus.chat import ZEPHYR_TEMPLATE, ChatTemplate, load_chat_template
 from notus.data import (
     Pair,
     PairSet,
+    ahead,
     batch,
     describe_counts,
     describe_pair,
@@ -569,3 +572,28 @@ def test_of_many_processes_one_does_the_work(tmp_path: Path, mistral_tokenizer_d
     for process in processes:
         process.join()
     assert sorted(found) == [(0, 500), (0, 500), (1, 500)]
+
+
+def test_items_are_made_one_ahead_in_order_and_an_error_comes_in_its_place():
+    made, used = [], []
+
+    def make(number: int) -> int:
+        if number == 4:
+            raise ValueError("no fourth")
+        made.append(number)
+        return number
+
+    items = ahead(map(make, range(6)))
+    with pytest.raises(ValueError, match="no fourth"):
+        for number in items:
+            used.append(number)
+            while len(made) < min(number + 2, 4):  # the next is made while this one is in use
+                time.sleep(0.001)
+            assert len(made) <= number + 2
+    assert used == made == [0, 1, 2, 3]
+    assert list(ahead([])) == []
+    before = threading.active_count()
+    first = ahead(iter(range(10**9)))
+    assert next(first) == 0
+    first.close()  # a run that ends early leaves no thread behind
+    assert threading.active_count() == before
