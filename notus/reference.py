@@ -24,7 +24,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,11 +34,11 @@ from torch import Tensor
 
 from notus import config as configuration
 from notus import distributed, weights
-from notus.data import Pair, PairSet
+from notus.data import Pair, PairSet, ahead
 from notus.distributed import World, from_rank_zero, reshard, sum_over_ranks
 from notus.inputs import Inputs, read_inputs
 from notus.model import Mistral, MistralConfig, pair_logps
-from notus.packing import deal, pack_pairs
+from notus.packing import Stream, deal, pack_pairs
 from notus.weights import write_atomically
 
 FORWARD_VERSION = 1  # raise it when a change of the forward pass changes its numbers by more than rounding
@@ -141,16 +141,19 @@ def score_pairs(
 
     How pairs are put together does not depend on `wanted`: a pass that is cut short and goes on gives the same bits.
     """
-    for start in range(0, len(pairs), BLOCK_PAIRS):
-        tokens = pairs.num_tokens[start : start + BLOCK_PAIRS]
-        plan = deal(tokens, tokens, world.size, budget)  # so many pairs at a time cost about what they are long
-        for micro_batches in zip(*plan, strict=True):  # the one of each rank
-            indices = [
-                [start + i for i in micro_batch if wanted is None or wanted[start + i]] for micro_batch in micro_batches
-            ]
-            if any(indices):
-                mine = indices[world.rank]
-                done(mine, pair_logps(model, pack_pairs([pairs[i] for i in mine]).to(world.device)))
+
+    def micro_batches() -> Iterator[tuple[list[int], Stream]]:
+        for start in range(0, len(pairs), BLOCK_PAIRS):
+            tokens = pairs.num_tokens[start : start + BLOCK_PAIRS]
+            plan = deal(tokens, tokens, world.size, budget)  # so many pairs at a time cost about what they are long
+            for parts in zip(*plan, strict=True):  # one of each rank
+                indices = [[start + i for i in part if wanted is None or wanted[start + i]] for part in parts]
+                if any(indices):
+                    mine = indices[world.rank]
+                    yield mine, pack_pairs([pairs[i] for i in mine])
+
+    for mine, stream in ahead(micro_batches()):
+        done(mine, pair_logps(model, stream.to(world.device)))
     reshard(model)
 
 
