@@ -116,6 +116,7 @@ def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
     console = Console(total_steps, enabled=world.rank == 0, first_step=first_step, every=0.01)
 
     def evaluate(step: int) -> None:
+        began = time.monotonic()
         totals = torch.zeros(len(METRICS), dtype=torch.float64, device=world.device)
         score_pairs(
             model, held_out, world, setup.micro_batch_tokens,
@@ -123,6 +124,7 @@ def train(config: Config, inputs: Inputs, world: World, run: Run) -> None:
         )  # fmt: skip
         means = (sum_over_ranks(totals) / len(held_out)).tolist()
         evaluation = {f"eval_{name}": mean for name, mean in zip(METRICS, means, strict=True)}
+        evaluation["eval_runtime"] = round(time.monotonic() - began, 3)
         evaluations.append(evaluation)
         log.write({"step": step, "epoch": step / epoch_steps, **evaluation})
         console.say(

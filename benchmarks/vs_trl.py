@@ -1,18 +1,18 @@
 """notus and TRL's DPOTrainer side by side: the same checkpoint, pairs, order and settings, the same losses.
 
     pip install -e .[bench]
-    OMP_NUM_THREADS=2 python benchmarks/vs_trl.py                some five minutes, on a CPU in float32
+    OMP_NUM_THREADS=2 python benchmarks/vs_trl.py      ten minutes on a CPU, in float32; on a GPU in bfloat16
 
-Three TRLs: `shipped`, four pairs a batch, which pads and on a CPU gives every position to the language model head;
-`kept`, the same with freed memory kept for the next step, as notus does it by itself on a CPU; and `strongest`, the
-fastest found: memory kept, one pair a micro-batch, accumulated four times, and the head on completion rows only, in
-tiles of 256 (on a GPU TRL selects these rows by itself; here `run_trl` replaces two names in its modules). All with the
-reference precomputed, no gradient checkpointing, no dropout. Every run is a process of its own, and rounds alternate
-between the trainers; a ratio is the median over rounds of the ratio within a round. Steps are timed from one's end to
-the next one's, data loading included; the first two are left out, and the median of the others counts. The reference
-pass is timed as a whole: notus's with its cache, TRL's without.
+Three TRLs: `shipped`, all pairs of a step in one batch, which pads and on a CPU gives every position to the language
+model head; `kept`, the same with freed memory kept for the next step, as notus does it by itself on a CPU (a GPU has no
+need of it); and `strongest`, the fastest found: memory kept, one pair a micro-batch, accumulated, and the head on
+completion rows only, in tiles of 256 (on a GPU TRL selects these rows by itself; on a CPU `run_trl` replaces two names
+in its modules). All with the reference precomputed, no gradient checkpointing, no dropout. Every run is a process of
+its own, and rounds alternate between the trainers; a ratio is the median over rounds of the ratio within a round. Steps
+are timed from one's end to the next one's, data loading included; the first two are left out, and the median of the
+others counts. The reference pass is timed as a whole: notus's with its cache, TRL's without.
 
-Exits with 1 if a loss of any step differs by more than 1e-3.
+Exits with 1 if a loss of any step differs by more than 1e-3 (in bfloat16 0.05: each rounds elsewhere).
 """
 
 import argparse
@@ -50,8 +50,12 @@ from notus.model import Mistral, MistralConfig
 from notus.optim import make_optimizer
 from notus.reference import ReferenceCache, cache_header, reference_logps
 
-PAIRS_PER_STEP, BUDGET, TOLERANCE = 4, 2048, 1e-3
 TRAINERS = ("notus", "shipped", "kept", "strongest")
+DEFAULTS = {
+    "cpu": {"shapes": ["bal", "tiny"], "peers": TRAINERS[1:], "pairs": 4, "scale": 0.25, "budget": 2048},
+    "cuda": {"shapes": ["7b:2"], "peers": ("shipped", "strongest"), "pairs": 8, "scale": 1.0, "budget": 16384},
+}
+TOLERANCE = {"cpu": 1e-3, "cuda": 0.05}
 
 
 def write_checkpoint(directory: Path, dims: MistralConfig) -> None:
@@ -66,41 +70,41 @@ def write_checkpoint(directory: Path, dims: MistralConfig) -> None:
     weights.write_weights(model, directory, torch.float32, rank=0, max_shard_bytes=5_000_000_000)
 
 
-def run_notus(directory: Path, dims: MistralConfig, pairs: PairSet) -> dict:
+def run_notus(directory: Path, dims: MistralConfig, pairs: PairSet, arguments: argparse.Namespace) -> dict:
     """As train.py does it, in the order of the file."""
-    world = distributed.start("cpu")
-    model = weights.meta_model(dims)
-    distributed.shard(model, model.model.layers, world, torch.float32)
+    world = distributed.start(arguments.device)
+    model, dtype = weights.meta_model(dims), "float32" if arguments.device == "cpu" else "bfloat16"
+    distributed.shard(model, model.model.layers, world, getattr(torch, dtype))
     weights.load_weights(model, directory, world.device)
     with tempfile.TemporaryDirectory() as cache_dir:
-        cache = ReferenceCache(cache_dir, cache_header("", dims, "float32"))
+        cache = ReferenceCache(cache_dir, cache_header("", dims, dtype))
         start = time.perf_counter()
-        reference, _ = reference_logps(model, pairs, cache, world, BUDGET)
+        reference, _ = reference_logps(model, pairs, cache, world, arguments.budget)
         reference_seconds = time.perf_counter() - start
 
     optimizer = make_optimizer(model.parameters(), "rmsprop", LEARNING_RATE, weight_decay=0.0)
-    score, steps = scorer([], world.device), np.arange(len(pairs)).reshape(-1, PAIRS_PER_STEP)
+    score, steps = scorer([], world.device), np.arange(len(pairs)).reshape(-1, arguments.pairs)
+    reference = reference.to(world.device)
     ends, losses = [time.perf_counter()], []
     for step, rows in enumerate(steps):
-        plan, rate = plan_for(pairs, rows, dims, world, BUDGET, []), learning_rate_at(step, len(steps))
+        plan, rate = plan_for(pairs, rows, dims, world, arguments.budget, []), learning_rate_at(step, len(steps))
         losses.append(train_step(model, optimizer, pairs, rows, reference, plan, rate, score))
         ends.append(time.perf_counter())
     distributed.stop()
     return {"losses": losses, "ends": ends, "reference_seconds": reference_seconds}
 
 
-def run_trl(directory: Path, dims: MistralConfig, pairs: PairSet, peer: str) -> dict:
+def run_trl(directory: Path, dims: MistralConfig, pairs: PairSet, arguments: argparse.Namespace, peer: str) -> dict:
     import trl.kernels.chunked_logprob
     import trl.trainer.utils
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    micro_batch = PAIRS_PER_STEP
-    if peer != "shipped":
+    micro_batch, on_cpu = 1 if peer == "strongest" else arguments.pairs, arguments.device == "cpu"
+    if peer != "shipped" and on_cpu:
         distributed.keep_freed_memory()
-    if peer == "strongest":
-        micro_batch = 1
+    if peer == "strongest" and on_cpu:
         trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE = 256  # instead of 4096
         trl.trainer.utils._use_triton = lambda _device: True  # asked only whether to select completion rows
 
@@ -123,16 +127,16 @@ def run_trl(directory: Path, dims: MistralConfig, pairs: PairSet, peer: str) -> 
             reference_times.append(time.perf_counter())
             return logps
 
-    num_steps = len(pairs) // PAIRS_PER_STEP
+    num_steps = len(pairs) // arguments.pairs
     with tempfile.TemporaryDirectory() as output_dir:
         config = DPOConfig(
             output_dir=output_dir, per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=PAIRS_PER_STEP // micro_batch, num_train_epochs=1,
+            gradient_accumulation_steps=arguments.pairs // micro_batch, num_train_epochs=1,
             learning_rate=LEARNING_RATE, lr_scheduler_type="linear", warmup_steps=math.ceil(0.1 * num_steps),
             optim="rmsprop", weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM, beta=BETA, max_length=1024,
             precompute_ref_log_probs=True, activation_checkpointing=False, disable_dropout=True,
-            train_sampling_strategy="sequential", model_init_kwargs={"dtype": "float32"}, bf16=False, use_cpu=True,
-            logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+            train_sampling_strategy="sequential", model_init_kwargs={"dtype": "float32"},
+            bf16=not on_cpu, use_cpu=on_cpu, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
         trainer = Trainer(
             model=str(directory), args=config, train_dataset=Dataset.from_list([as_text(pair) for pair in pairs]),
@@ -167,15 +171,18 @@ def word_tokenizer(vocab_size: int):
 def run(trainer: str, directory: Path, arguments: argparse.Namespace) -> dict:
     """One run, in this process."""
     name, dims = arguments.shapes[0]
-    pairs = draw_pairs(PAIRS_PER_STEP * arguments.steps, dims.vocab_size, arguments.scale)
-    result = run_notus(directory, dims, pairs) if trainer == "notus" else run_trl(directory, dims, pairs, trainer)
+    pairs = draw_pairs(arguments.pairs * arguments.steps, dims.vocab_size, arguments.scale)
+    if trainer == "notus":
+        result = run_notus(directory, dims, pairs, arguments)
+    else:
+        result = run_trl(directory, dims, pairs, arguments, trainer)
     seconds = np.diff(result["ends"])
     assert len(result["losses"]) == len(seconds) == arguments.steps
     return {
         "shape": name, "trainer": trainer, "losses": result["losses"],
-        "pairs_per_second": PAIRS_PER_STEP / np.median(seconds[LEFT_OUT:]),
+        "pairs_per_second": arguments.pairs / np.median(seconds[LEFT_OUT:]),
         "reference_pairs_per_second": len(pairs) / result["reference_seconds"],
-        "memory_gib": peak_memory_gib(torch.device("cpu")),
+        "memory_gib": peak_memory_gib(torch.device(arguments.device)),
     }  # fmt: skip
 
 
@@ -212,15 +219,21 @@ def table(result: dict) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", type=shape, nargs="+", default=[shape("bal"), shape("tiny")], metavar="SHAPE")
-    parser.add_argument("--peers", nargs="+", choices=TRAINERS[1:], default=TRAINERS[1:])
+    parser.add_argument("--shapes", type=shape, nargs="+", metavar="SHAPE", help="as step.py (default: bal and tiny)")
+    parser.add_argument("--peers", nargs="+", choices=TRAINERS[1:])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--scale", type=float, default=0.25, help="of the lengths (default: 0.25)")
+    parser.add_argument("--scale", type=float, help="of the lengths (default: 0.25 on a CPU, 1 on a GPU)")
+    parser.add_argument("--pairs", type=int, help="a step (default: 4 on a CPU, 8 on a GPU)")
+    parser.add_argument("--budget", type=int, help="tokens of notus's micro-batches (default: 2048, on a GPU 16384)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--run", nargs=2, metavar=("TRAINER", "CHECKPOINT"), help="one run alone, by the parent process"
     )
     arguments = parser.parse_args()
+    for name, value in DEFAULTS[arguments.device].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, [shape(one) for one in value] if name == "shapes" else value)
     if arguments.steps <= LEFT_OUT:
         parser.error(f"--steps is {arguments.steps}; the first {LEFT_OUT} do not count")
     if arguments.run:
@@ -239,7 +252,8 @@ def main() -> int:
                 rounds.append({})
                 for trainer in ("notus", *arguments.peers):
                     command = [sys.executable, __file__, "--shapes", name, "--run", trainer, directory]
-                    command += ["--steps", str(arguments.steps), "--scale", str(arguments.scale)]
+                    for setting in ("steps", "scale", "pairs", "budget", "device"):
+                        command += [f"--{setting}", str(getattr(arguments, setting))]
                     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
                     rounds[-1][trainer] = result = json.loads(done.stdout.splitlines()[-1])
                     print(
@@ -250,9 +264,11 @@ def main() -> int:
         print(table(result))
     print("\n" + json.dumps(results))
     worst = max(row["largest_loss_difference"] for result in results for row in result["rows"].values())
-    if not worst <= TOLERANCE:
-        print(f"vs_trl.py: error: losses differ by {worst:.1e}, more than {TOLERANCE}", file=sys.stderr)
-    return 0 if worst <= TOLERANCE else 1
+    tolerance = TOLERANCE[arguments.device]
+    if not worst <= tolerance:
+        print(f"vs_trl.py: error: losses differ by {worst:.1e}, more than {tolerance}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from notus.config import Config
 def model_card(config: Config, environment: dict, metrics: dict[str, float]) -> str:
     """`metrics`: the last evaluation, by TRL's names; {} if there were no held-out pairs."""
     base, dpo, train, data = Path(config.model.path).name, config.dpo, config.train, config.data
-    names = [name for name in metrics if name.startswith("eval_")]
+    names = [name for name in metrics if name.startswith("eval_") and name != "eval_runtime"]
     results = "\n".join(f"| {name.removeprefix('eval_')} | {metrics[name]:.4f} |" for name in names)
     evaluation = f"On the held-out pairs, after the last step:\n\n| metric | value |\n|---|---|\n{results}"
     files = "\n".join(f"- `{Path(name).name}`, sha256 `{sha}`" for name, sha in environment["data_sha256"].items())

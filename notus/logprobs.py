@@ -70,6 +70,7 @@ def token_logps(
 
     Memory beyond the inputs and their gradients: `keep_bytes` and twice `chunk_rows` x V, however long the stream is.
     """
+    keep_bytes = keep_bytes if torch.is_grad_enabled() else -1  # inside the function, gradients are always off
     return _TokenLogps.apply(hidden, weight, target, chunk_rows, keep_bytes)
 
 

@@ -1,8 +1,9 @@
 """What a run says: metrics.jsonl for machines, one progress bar or plain lines for people.
 
 Names are TRL's: loss, rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen,
-logps/rejected, grad_norm, learning_rate, epoch, step; `eval_` in front for the held-out pairs. notus adds
-tokens_per_second (stream tokens, all GPUs), mfu (0 to 1) and memory_gib. Rewards and log-probs are in nats.
+logps/rejected, grad_norm, learning_rate, epoch, step; `eval_` in front for the held-out pairs, and eval_runtime in
+seconds. notus adds tokens_per_second (stream tokens, all GPUs), mfu (0 to 1), memory_gib, and for each checkpoint
+checkpoint_stall_seconds. Rewards and log-probs are in nats.
 """
 
 import json

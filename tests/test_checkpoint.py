@@ -80,7 +80,7 @@ save_steps = 2
 [reference]
 cache_dir = "reference"
 """
-TIMINGS = {"tokens_per_second", "memory_gib", "checkpoint_stall_seconds"}
+TIMINGS = {"tokens_per_second", "memory_gib", "checkpoint_stall_seconds", "eval_runtime"}
 WORDS = [*"abcdefghijklmno"]
 
 

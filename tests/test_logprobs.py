@@ -53,8 +53,12 @@ def test_the_softmax_is_kept_only_where_a_gradient_is_wanted_and_it_fits():
     for keep_bytes, kept in ((size, True), (size - 1, False)):
         node = token_logps(hidden, weight, target, 4, keep_bytes).grad_fn
         assert len(node.softmax) == (3 if kept else 0)
-    with torch.no_grad():
+    with torch.no_grad(), Operations() as operations:
         assert token_logps(hidden, weight, target).grad_fn is None
+    assert "aten.exp_.default" not in operations.names  # no softmax is made that nobody wants
+    with Operations() as operations:
+        token_logps(hidden, weight, target)
+    assert "aten.exp_.default" in operations.names
 
 
 def test_backward_can_run_twice():
@@ -103,6 +107,16 @@ def test_bfloat16_gradient_of_the_head_does_not_lose_the_small_chunks():
     for ours, true in zip(mine, truth, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours.float() - true).norm() < 5e-3 * true.norm()  # 2^-9 = 2e-3 for each rounding
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **kwargs or {})
 
 
 class LargestTensor(TorchDispatchMode):

@@ -171,7 +171,7 @@ def exported(out: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_run(ours: Path, theirs: Path, tolerance: float) -> None:
     """Every number of both logs, and every exported weight."""
-    timings = {"tokens_per_second", "memory_gib", "checkpoint_stall_seconds"}
+    timings = {"tokens_per_second", "memory_gib", "checkpoint_stall_seconds", "eval_runtime"}
     for mine, other in zip(read_metrics(ours), read_metrics(theirs), strict=True):
         assert mine.keys() == other.keys()
         for name in mine.keys() - timings:
@@ -521,7 +521,7 @@ def test_metrics_have_every_step_by_trls_names(finished: Path):
         assert line.keys() == {"step", "epoch", *NAMES, *extra}
         assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
     for line in evaluations(finished):
-        assert line.keys() == {"step", "epoch", *(f"eval_{name}" for name in NAMES)}
+        assert line.keys() == {"step", "epoch", "eval_runtime", *(f"eval_{name}" for name in NAMES)}
     assert [line["epoch"] for line in training(finished)] == [k / 4 for k in range(1, STEPS + 1)]
     rates = [1e-3 * factor for factor in (0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
     assert [line["learning_rate"] for line in training(finished)] == pytest.approx(rates)
