@@ -20,7 +20,7 @@ FACTS = {
     "test_pairs": 2000,
     "steps": 2889,
 }
-METRICS = {"eval_loss": 0.49876, "eval_rewards/accuracies": 0.7812, "eval_rewards/margins": 1.5}
+METRICS = {"eval_loss": 0.49876, "eval_rewards/accuracies": 0.7812, "eval_rewards/margins": 1.5, "eval_runtime": 3.25}
 
 
 def parse(card: str) -> tuple[dict, str]:
@@ -56,6 +56,7 @@ def test_the_facts_are_those_of_the_run():
     assert table["maximal length, of the prompt"] == "1024, 512 tokens"
     assert table["precision"] == "bfloat16 compute, float32 weights; exported in bfloat16"
     assert table["seed"] == "42"
+    assert "runtime" not in table
     assert (table["loss"], table["rewards/accuracies"], table["rewards/margins"]) == ("0.4988", "0.7812", "1.5000")
     assert "# notus-7b-v1\n" in body and "notus\n1.2.3, commit `0123abc with changes`" in body
     assert f"- `train.jsonl`, sha256 `{'cd' * 32}`\n- `test.jsonl`, sha256 `{'ef' * 32}`" in body

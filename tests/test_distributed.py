@@ -1,5 +1,10 @@
 """distributed.py: ranks add up to what one process computes, in float32, and a rank with nothing to do adds nothing."""
 
+import platform
+import subprocess
+import sys
+import textwrap
+
 import numpy as np
 import pytest
 import torch
@@ -178,3 +183,25 @@ def test_reshard_gives_back_the_masters_after_a_forward_pass_alone(world: World)
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="local rank 0 has no GPU: 0 found"):
         distributed.start("cuda")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_stays_with_the_process():
+    """32 MiB taken and given back again and again: page faults each time, or only at first."""
+    program = """
+        import resource, sys, torch
+        from notus.distributed import keep_freed_memory
+        if sys.argv[1] == "keep":
+            keep_freed_memory()
+        for round in range(20):
+            if round == 10:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(2**23)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+
+    def faults(way: str) -> int:
+        command = [sys.executable, "-c", textwrap.dedent(program), way]
+        return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+    assert 5 * faults("keep") < faults("give back")
