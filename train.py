@@ -248,7 +248,7 @@ def recomputation(config: Config, inputs: Inputs, world: World) -> str:
         return "none"
     memory = torch.cuda.get_device_properties(world.device).total_memory / GIB
     run = inputs.dims, world.size // parallel.replicate, getattr(torch, setup.compute_dtype), setup.optimizer
-    return least_recomputation(memory, *run, setup.micro_batch_tokens, parallel.cpu_offload)
+    return least_recomputation(memory, *run, setup.micro_batch_tokens, parallel.cpu_offload, setup.compile)
 
 
 # --- the output folder -----------------------------------------------------------------------------------------------

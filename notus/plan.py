@@ -91,12 +91,13 @@ def forward_flops(config: MistralConfig, lengths: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def activation_bytes(config: MistralConfig, dtype: torch.dtype, recompute: str) -> int:
+def activation_bytes(config: MistralConfig, dtype: torch.dtype, recompute: str, compiled: bool) -> int:
     """Bytes that a decoder layer keeps for backward, per token of the stream: counted, on the meta device, by asking
     autograd what it saves (`none`), or which results are kept (`elementwise`); `full` is the layer's input alone.
 
     As on a GPU: there RMSNorm is one kernel, which keeps its input and a float32 a row (elsewhere more), and attention
-    is one, which keeps query, key, value, its output, and a float32 for each head.
+    is one, which keeps query, key, value, its output, and a float32 for each head. A compiled layer keeps the norms'
+    results even with `elementwise`, but not what down_proj gave; with `none` it keeps less than said here.
     """
     if recompute == "full":
         return config.hidden_size * dtype.itemsize
@@ -133,8 +134,9 @@ def activation_bytes(config: MistralConfig, dtype: torch.dtype, recompute: str) 
         else:
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 layer(x, rotary, attend, 0)
+    more = config.hidden_size * dtype.itemsize if compiled and recompute == "elementwise" else 0
     rows = config.num_attention_heads + (2 if recompute == "none" else 0)  # float32: attention's, and the two norms'
-    return sum(storage.nbytes() for storage in kept.values()) // tokens + 4 * rows
+    return sum(storage.nbytes() for storage in kept.values()) // tokens + 4 * rows + more
 
 
 def memory_gib(
@@ -144,6 +146,7 @@ def memory_gib(
     optimizer: str,
     micro_batch_tokens: int,
     cpu_offload: bool,
+    compiled: bool,
     recompute: str,
 ) -> dict[str, float]:
     """GiB per GPU, by part, at the height of a training step of a model in `num_gpus` shards: a little too much, for
@@ -154,7 +157,7 @@ def memory_gib(
     levels = ["full" if index % 2 == 0 else "elementwise" for index in range(config.num_hidden_layers)]
     if recompute != "half":
         levels = [recompute] * config.num_hidden_layers
-    kept = {level: activation_bytes(config, dtype, level) for level in {*levels, "none"}}
+    kept = {level: activation_bytes(config, dtype, level, compiled) for level in {*levels, "none"}}
     # Backward begins with the last layer: all that it saves, if need be again, is there beside what the others keep.
     activations = kept["none"] + sum(kept[level] for level in levels[:-1])  # bytes a token
     scored = 0.8 * micro_batch_tokens  # UltraFeedback: 579 of a pair's 740 tokens are scored
@@ -206,7 +209,7 @@ def describe_cost(
         flops[f"{evaluations} evaluations"] = forward_test * evaluations
     total = sum(flops.values())
 
-    run = dims, num_gpus // replicate, dtype, setup.optimizer, budget, config.distributed.cpu_offload
+    run = dims, num_gpus // replicate, dtype, setup.optimizer, budget, config.distributed.cpu_offload, setup.compile
     auto = setup.activation_checkpointing == "auto"
     levels = (setup.activation_checkpointing,) if not auto else ("none",) if on_cpu else RECOMPUTE
     memory = {level: memory_gib(*run, level) for level in levels}
