@@ -34,7 +34,7 @@ from notus.metrics import Console, MetricsLog, duration, environment, peak_memor
 from notus.model import pair_logps
 from notus.optim import lr_at, make_optimizer
 from notus.packing import Stream, deal, pack_pairs, to_device
-from notus.plan import GIB, describe_cost, forward_flops, least_recomputation, peak_flops
+from notus.plan import GIB, describe_cost, forward_flops, least_recomputation, memory_arguments, peak_flops
 from notus.plot import plot
 from notus.reference import ReferenceCache, cache_header, check_same, reference_logps, score_pairs, verify
 from notus.weights import write_atomically
@@ -241,14 +241,12 @@ def sums(policy: Tensor, reference: Tensor, config: Config) -> tuple[Tensor, Ten
 
 def recomputation(config: Config, inputs: Inputs, world: World) -> str:
     """train.activation_checkpointing, with `auto` made one of model.RECOMPUTE."""
-    setup, parallel = config.train, config.distributed
-    if setup.activation_checkpointing != "auto":
-        return setup.activation_checkpointing
+    if config.train.activation_checkpointing != "auto":
+        return config.train.activation_checkpointing
     if world.device.type == "cpu":
         return "none"
     memory = torch.cuda.get_device_properties(world.device).total_memory / GIB
-    run = inputs.dims, world.size // parallel.replicate, getattr(torch, setup.compute_dtype), setup.optimizer
-    return least_recomputation(memory, *run, setup.micro_batch_tokens, parallel.cpu_offload, setup.compile)
+    return least_recomputation(memory, *memory_arguments(config, inputs.dims, world.size))
 
 
 # --- the output folder -----------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from step import LEFT_OUT, draw_pairs, shape
+from step import LEFT_OUT, draw_pairs, markdown, shape
 from torch import Tensor
 
 from notus.logprobs import CHUNK_ROWS, KEEP_BYTES, token_logps
@@ -83,9 +83,7 @@ def alternate(arguments: argparse.Namespace, part: str, all_settings: dict[float
 
 def table(title: str, rows: list[dict], columns: dict[str, str]) -> None:
     """columns: heading -> format of a row's values."""
-    lines = [columns.keys(), ["---"] * len(columns)]
-    lines += [[text.format(**row) for text in columns.values()] for row in rows]
-    print("\n".join(["", title, "", *(f"| {' | '.join(line)} |" for line in lines), ""]), flush=True)
+    print(f"\n{title}\n\n{markdown(rows, list(columns.items()))}\n", flush=True)
 
 
 # --- the parts: what each prints; rows for JSON; an error or "" -------------------------------------------------------

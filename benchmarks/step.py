@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from notus.metrics import peak_memory_gib
 from notus.model import RECOMPUTE, Attend, Mistral, MistralConfig, pair_logps
 from notus.optim import lr_at, make_optimizer
 from notus.packing import Stream, deal, pack, pack_pairs
-from notus.plan import cpu_flops, engineering, forward_flops, num_parameters, peak_flops
+from notus.plan import MISTRAL_7B, cpu_flops, engineering, forward_flops, num_parameters, peak_flops
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM, SEED = 0.1, 1e-5, 1.0, 42
 LEFT_OUT = 2  # first steps: kernels are chosen, the optimizer makes its state
@@ -53,14 +54,17 @@ Score = Callable[[Mistral, Sequence[Pair]], Tensor]  # P pairs -> (P, 2) log-pro
 def shape(name: str) -> tuple[str, MistralConfig]:
     """`tiny`: mostly head and embedding, like small models; `bal`: mostly blocks, like large ones; `7b:N`: Mistral-7B
     with N of its 32 layers."""
-    sizes = {"tiny": (32000, 256, 896, 4, 4, 2, 64), "bal": (2048, 384, 1344, 6, 6, 3, 64)}
+    rest = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False}
+    shapes = {
+        "tiny": MistralConfig(32000, 256, 896, 4, 4, 2, 64, **rest),
+        "bal": MistralConfig(2048, 384, 1344, 6, 6, 3, 64, **rest),
+    }
     kind, _, layers = name.partition(":")
     if kind == "7b" and layers.isdecimal() and int(layers) > 0:
-        sizes[name] = (32000, 4096, 14336, int(layers), 32, 8, 128)
-    if name not in sizes:
+        shapes[name] = replace(MISTRAL_7B, num_hidden_layers=int(layers))
+    if name not in shapes:
         raise argparse.ArgumentTypeError(f"{name!r} is not tiny, bal or 7b:N")
-    rest = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False}
-    return name, MistralConfig(*sizes[name], **rest)
+    return name, shapes[name]
 
 
 def draw_pairs(count: int, vocab_size: int, scale: float) -> PairSet:
@@ -247,6 +251,13 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
     }  # fmt: skip
 
 
+def markdown(rows: list[dict], columns: list[tuple[str, str]]) -> str:
+    """columns: heading, and the format of a row's values."""
+    lines = [[heading for heading, _ in columns], ["---"] * len(columns)]
+    lines += [[text.format(**row) for _, text in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def table(results: list[dict]) -> str:
     r = results[0]
     matmul = engineering(r["matmul_flops"], "FLOP/s") if r["matmul_flops"] else "unknown"
@@ -254,16 +265,13 @@ def table(results: list[dict]) -> str:
     lines = [
         f"{r['shape']}: {r['parameters']:,} parameters, {r['dtype']}; {r['ranks']} x {r['device']}, peak {matmul}",
         f"{r['pairs_per_step']} pairs a step, of {lengths} tokens on average\n",
-        "|  | pairs/s | unique tokens/s | of peak | reference pairs/s | of peak | peak GiB | last loss |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for r in results:
-        lines.append(
-            f"| {r['variant']} | {r['pairs_per_second']:.2f} | {r['tokens_per_second']:,.0f} | {r['peak_share']:.0%} | "
-            f"{r['reference_pairs_per_second']:.2f} | {r['reference_peak_share']:.0%} | {r['memory_gib']:.2f} | "
-            f"{r['last_loss']:.5f} |"
-        )
-    return "\n".join(lines)
+    columns = [
+        ("", "{variant}"), ("pairs/s", "{pairs_per_second:.2f}"), ("unique tokens/s", "{tokens_per_second:,.0f}"),
+        ("of peak", "{peak_share:.0%}"), ("reference pairs/s", "{reference_pairs_per_second:.2f}"),
+        ("of peak", "{reference_peak_share:.0%}"), ("peak GiB", "{memory_gib:.2f}"), ("last loss", "{last_loss:.5f}"),
+    ]  # fmt: skip
+    return "\n".join([*lines, markdown(results, columns)])
 
 
 def main() -> None:

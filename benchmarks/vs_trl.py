@@ -37,6 +37,7 @@ from step import (
     SEED,
     draw_pairs,
     learning_rate_at,
+    markdown,
     plan_for,
     scorer,
     shape,
@@ -203,18 +204,14 @@ def compare(shape_name: str, rounds: list[dict[str, dict]]) -> dict:
 
 
 def table(result: dict) -> str:
-    lines = [
-        f"\n{result['shape']}\n",
-        "|  | pairs/s | notus is | reference pairs/s | notus is | peak GiB | last loss | differs at most |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for trainer, row in result["rows"].items():
-        lines.append(
-            f"| {trainer if trainer == 'notus' else f'TRL, {trainer}'} | {row['pairs_per_second']:.2f} | "
-            f"{row['ratio']:.2f}x | {row['reference_pairs_per_second']:.2f} | {row['reference_ratio']:.2f}x | "
-            f"{row['memory_gib']:.2f} | {row['last_loss']:.5f} | {row['largest_loss_difference']:.1e} |"
-        )
-    return "\n".join(lines)
+    rows = [{"name": n if n == "notus" else f"TRL, {n}", **row} for n, row in result["rows"].items()]
+    columns = [
+        ("", "{name}"), ("pairs/s", "{pairs_per_second:.2f}"), ("notus is", "{ratio:.2f}x"),
+        ("reference pairs/s", "{reference_pairs_per_second:.2f}"), ("notus is", "{reference_ratio:.2f}x"),
+        ("peak GiB", "{memory_gib:.2f}"), ("last loss", "{last_loss:.5f}"),
+        ("differs at most", "{largest_loss_difference:.1e}"),
+    ]  # fmt: skip
+    return f"\n{result['shape']}\n\n{markdown(rows, columns)}"
 
 
 def main() -> int:

@@ -71,9 +71,8 @@ class PackedAttention:
     def at_once(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The kernel aligns its causal mask to the lower right: the last query with the last key, as drawn above."""
         rows, query_ends, key_ends, longest_query, longest_key = self._layout
-        left = (
-            -1 if self.window is None or longest_key <= self.window else self.window - 1
-        )  # keys seen before one's own
+        all_seen = self.window is None or longest_key <= self.window
+        left = -1 if all_seen else self.window - 1  # keys before one's own
         sizes = query_ends, key_ends, longest_query, longest_key
         return varlen_attn(query, key[rows], value[rows], *sizes, window_size=(left, 0), **GROUPED_HEADS)
 

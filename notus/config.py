@@ -69,8 +69,7 @@ class Train:
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto: cuda where there is one", "auto")
     activation_checkpointing: Literal["auto", "none", "elementwise", "half", "full"] = setting(
-        "what backward computes again; auto: the least that fits",
-        "auto",
+        "what backward computes again; auto: the least that fits", "auto"
     )
     compile: bool = setting("torch.compile each layer: a minute at the start, fewer passes over memory after", False)
     eval_steps: int = setting("steps between evaluations on data.test", 100, "[1, inf)")

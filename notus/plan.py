@@ -174,6 +174,13 @@ def memory_gib(
     return {name: size / GIB for name, size in parts.items()}
 
 
+def memory_arguments(config: Config, dims: MistralConfig, num_gpus: int) -> tuple:
+    """What `memory_gib` asks for, but the last."""
+    setup, parallel, dtype = config.train, config.distributed, getattr(torch, config.train.compute_dtype)
+    shards = num_gpus // parallel.replicate
+    return dims, shards, dtype, setup.optimizer, setup.micro_batch_tokens, parallel.cpu_offload, setup.compile
+
+
 def least_recomputation(device_gib: float, *run: Any) -> str:
     """The first level of RECOMPUTE with which a run (the arguments of `memory_gib`, but the last) fits a GPU of
     `device_gib`; `full` if none does."""
@@ -209,7 +216,7 @@ def describe_cost(
         flops[f"{evaluations} evaluations"] = forward_test * evaluations
     total = sum(flops.values())
 
-    run = dims, num_gpus // replicate, dtype, setup.optimizer, budget, config.distributed.cpu_offload, setup.compile
+    run = memory_arguments(config, dims, num_gpus)
     auto = setup.activation_checkpointing == "auto"
     levels = (setup.activation_checkpointing,) if not auto else ("none",) if on_cpu else RECOMPUTE
     memory = {level: memory_gib(*run, level) for level in levels}

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import MISTRAL_7B, config_json, gradients, hf_twin, logits_of, random_pairs, tiny_config, tiny_model, worst
+from tiny import config_json, gradients, hf_twin, logits_of, random_pairs, tiny_config, tiny_model, worst
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig as HFConfig
@@ -14,6 +14,7 @@ from transformers import MistralForCausalLM
 
 from notus.model import Mistral, MistralConfig, pair_logps, rotary_table
 from notus.packing import pack_pairs
+from notus.plan import MISTRAL_7B
 from notus.weights import meta_model
 
 

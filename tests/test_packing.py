@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from tiny import MISTRAL_7B, gradients, hf_logps, hf_twin, logits_of, random_pairs, tiny_config, tiny_model, worst
+from tiny import gradients, hf_logps, hf_twin, logits_of, random_pairs, tiny_config, tiny_model, worst
 from torch import Tensor
 
 from notus.attention import PackedAttention
@@ -13,7 +13,7 @@ from notus.data import Pair, batch, steps_per_epoch
 from notus.logprobs import sequence_logps
 from notus.model import Mistral, pair_logps
 from notus.packing import Segment, Stream, deal, pack, pack_pairs
-from notus.plan import forward_flops
+from notus.plan import MISTRAL_7B, forward_flops
 
 
 def stream_logps(model: Mistral, stream: Stream) -> Tensor:

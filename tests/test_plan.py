@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import MISTRAL_7B, config_json, pair_set, random_pairs, tiny_config, tiny_model
+from tiny import config_json, pair_set, random_pairs, tiny_config, tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,6 +34,7 @@ from notus.optim import make_optimizer
 from notus.packing import Segment, pack_pairs
 from notus.plan import (
     DEVICES,
+    MISTRAL_7B,
     RESERVE_GIB,
     activation_bytes,
     describe_cost,

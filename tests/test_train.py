@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from conftest import write_mistral_tokenizer
 from safetensors.torch import load_file, save_file
-from tiny import MISTRAL_7B, config_json, hf_load, hf_logps, random_pairs, save_checkpoint, tiny_config, tiny_model
+from tiny import config_json, hf_load, hf_logps, random_pairs, save_checkpoint, tiny_config, tiny_model
 
 from notus import config as configuration
 from notus import distributed, weights
@@ -30,6 +30,7 @@ from notus.data import load_pairs
 from notus.model import RECOMPUTE, pair_logps
 from notus.optim import make_optimizer
 from notus.packing import pack_pairs, to_device
+from notus.plan import MISTRAL_7B
 from notus.reference import RECORD, check_same, pair_key
 from notus.tokenizer import load_tokenizer
 

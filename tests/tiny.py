@@ -21,21 +21,6 @@ from notus.packing import Segment
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
 
-MISTRAL_7B = MistralConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rms_norm_eps=1e-5,
-    rope_theta=10000.0,
-    sliding_window=4096,
-    tie_word_embeddings=False,
-)
-
-
 def tiny_config(**overrides) -> MistralConfig:
     """Two layers, grouped queries, head_dim apart from hidden_size / heads. No dimension equals another, so that a
     transposed or mixed-up one shows."""
