@@ -4,92 +4,98 @@
     [dpo]                    dpo.beta=0.05
     beta = 0.1          <-   data.train='["a.jsonl", "b.jsonl"]'   ->   Config(dpo=DPO(beta=0.05, ...), ...)
 
-Everything is checked here, before a weight is read: an unknown name, a wrong type, a value out of range or two values
-that contradict each other is a ValueError that says where it was written. After `load` nothing changes: what a run used
-is what `to_toml` prints. Names are TRL's where the idea is shared. Model dimensions are not settings; the checkpoint's
-own config.json has them.
+Every setting is checked here, before any weight is read. An unknown name, a wrong type, a value out of range, or two
+values that contradict each other is a ValueError that says where the value was written. A file can build on another
+one: `extends = "other.toml"`, relative to the file that says so. `to_toml` prints the settings that a run used.
+Names are TRL's where the idea is the same. Model dimensions are not settings; they are in the checkpoint's config.json.
+This file imports only the standard library, so that a typo is refused at once.
 """
 
 import json
+import os
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+CONFIGS = Path(__file__).parent.parent / "configs"  # the shipped files, from any working directory
 
-def setting(doc: str, default: Any = MISSING, within: str = "") -> Any:
-    """A field with its one-line `doc`; `within` is the permitted interval in mathematical notation, e.g. "[0, 0.5)"."""
-    return field(default=default, metadata={"doc": doc, "within": within})
+
+def setting(doc: str, default: Any = MISSING, within: str = "", path: bool = False) -> Any:
+    """A field with a one-line `doc`. `within` is the permitted interval in mathematical notation, e.g. "[0, 0.5)".
+    In a `path`, a leading ~ is expanded."""
+    return field(default=default, metadata={"doc": doc, "within": within, "path": path})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    path: str = setting("Hugging Face directory of the SFT base: where the policy starts and what the reference is")
+    path: str = setting("Hugging Face directory of the SFT model, both starting point and reference", path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    train: tuple[str, ...] = setting("JSONL of preference pairs, as binarize.py writes it")
-    test: tuple[str, ...] = setting("held-out pairs for evaluation; may be empty", ())
+    train: tuple[str, ...] = setting("files of preference pairs to train on, as binarize.py writes them", path=True)
+    test: tuple[str, ...] = setting("files of held-out pairs for evaluation; may be empty", (), path=True)
     max_length: int = setting("tokens of prompt + answer; longer pairs are truncated as in TRL 0.7", 1024, "[2, inf)")
-    max_prompt_length: int = setting("tokens kept, from the end, of the prompt of a pair too long", 512, "[1, inf)")
-    bos: bool = setting("one <s> before the prompt, as in the training of the SFT base", True)
-    cache_dir: str = setting("token ids of the files above, made once; shared by all runs", "runs/tokens")
-    drop_bad_pairs: bool = setting("leave out pairs with equal or empty answers; false stops at the first", False)
-    insert_system: bool = setting("insert a system turn where the first turn is not one, as Zephyr's SFT had", True)
-    system_prompt: str = setting("of the inserted system turn; empty in Zephyr and Notus", "")
+    max_prompt_length: int = setting("tokens kept of the prompt, from its end, if a pair is too long", 512, "[1, inf)")
+    bos: bool = setting("start every prompt with <s>, as in the SFT", True)
+    cache_dir: str = setting("token ids of the files above; runs share it", "runs/tokens", path=True)
+    drop_bad_pairs: bool = setting("drop pairs with equal or empty answers; false stops at the first one", False)
+    insert_system: bool = setting("add a system turn if the first turn is not one, as in Zephyr's SFT", True)
+    system_prompt: str = setting("text of the added system turn; empty in Zephyr and Notus", "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPO:
     beta: float = setting("strength of the pull towards the reference (Rafailov et al. 2023, eq. 7)", 0.1, "(0, inf)")
-    label_smoothing: float = setting("assumed share of pairs labelled the wrong way round; 0 is DPO", 0.0, "[0, 0.5)")
+    label_smoothing: float = setting("assumed share of pairs with swapped labels; 0 is plain DPO", 0.0, "[0, 0.5)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    output_dir: str = setting("directory of this run: checkpoints, metrics.jsonl, the exported model")
-    learning_rate: float = setting("peak, at the end of warmup; then linear to 0", 5e-7, "(0, inf)")
+    output_dir: str = setting("folder of this run: checkpoints, metrics.jsonl, the exported model", path=True)
+    learning_rate: float = setting("highest rate, at the end of warmup; it then falls linearly to 0", 5e-7, "(0, inf)")
     optimizer: Literal["rmsprop", "adamw"] = setting(
-        "rmsprop is the original's; its first steps are 10x the rate, so warm up", "rmsprop"
+        "rmsprop is the original's; its first steps are up to 10 times learning_rate, so use warmup", "rmsprop"
     )
     weight_decay: float = setting("decoupled for adamw, added to the gradient for rmsprop", 0.0, "[0, inf)")
-    warmup_ratio: float = setting("share of all steps over which the rate rises from 0", 0.1, "[0, 1]")
-    num_train_epochs: int = setting("passes over the pairs, each in its own order", 3, "[1, inf)")
-    pairs_per_step: int = setting("global, over all GPUs; the original's 8 GPUs x 8", 64, "[1, inf)")
+    warmup_ratio: float = setting("share of all steps in which the rate rises from 0", 0.1, "[0, 1]")
+    num_train_epochs: int = setting("passes over the pairs, each in a different order", 3, "[1, inf)")
+    pairs_per_step: int = setting("pairs in one optimizer step, over all GPUs", 64, "[1, inf)")
     micro_batch_tokens: int = setting(
-        "stream tokens per GPU and micro-batch; changes speed and memory, never the result", 16384, "[1, inf)"
+        "tokens in one micro-batch of one GPU; changes speed and memory, never the result", 16384, "[1, inf)"
     )
-    max_grad_norm: float = setting("global L2 norm at which gradients are clipped", 1.0, "(0, inf)")
-    seed: int = setting("orders the pairs, with the epoch", 42, "[0, inf)")
+    max_grad_norm: float = setting("gradients are clipped to this global L2 norm", 1.0, "(0, inf)")
+    seed: int = setting("decides the order of the pairs, together with the epoch", 42, "[0, 4294967296)")
     compute_dtype: Literal["bfloat16", "float32"] = setting(
-        "of matmuls and activations; masters and optimizer are always float32", "bfloat16"
+        "of matmuls and activations; weights and optimizer state are always float32", "bfloat16"
     )
-    device: Literal["auto", "cpu", "cuda"] = setting("auto: cuda where there is one", "auto")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto uses cuda if there is a GPU", "auto")
     activation_checkpointing: Literal["auto", "none", "elementwise", "half", "full"] = setting(
-        "what backward computes again; auto: the least that fits", "auto"
+        "what backward recomputes; auto: the least that fits", "auto"
     )
-    compile: bool = setting("torch.compile each layer: a minute at the start, fewer passes over memory after", False)
+    compile: bool = setting("torch.compile each layer; takes a minute at the start, then steps are faster", False)
     eval_steps: int = setting("steps between evaluations on data.test", 100, "[1, inf)")
     log_steps: int = setting("steps between lines of metrics.jsonl", 1, "[1, inf)")
-    save_steps: int = setting("steps between checkpoints, written while training goes on", 100, "[1, inf)")
-    keep_checkpoints: int = setting("newest checkpoints kept; 8 bytes a parameter each, 12 with adamw", 2, "[1, inf)")
-    max_skipped_steps: int = setting("steps in a row with a non-finite gradient that end the run", 3, "[1, inf)")
+    save_steps: int = setting("steps between checkpoints, which are written while training continues", 100, "[1, inf)")
+    keep_checkpoints: int = setting("most recent checkpoints to keep; 8 bytes a parameter, 12 for adamw", 2, "[1, inf)")
+    max_skipped_steps: int = setting("stop after this many non-finite gradients in a row", 3, "[1, inf)")
     export_dtype: Literal["bfloat16", "float32"] = setting("of the weights in the exported model", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    cache_dir: str = setting("log-probs of the base, one record per pair; shared by all runs", "runs/reference")
+    cache_dir: str = setting("reference log-probs, one record a pair; runs share it", "runs/reference", path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distributed:
     replicate: int = setting("copies of the sharded model (HSDP), e.g. one a node; divides the GPUs", 1, "[1, inf)")
-    cpu_offload: bool = setting("keep shards and optimizer state in host memory: slow, for small cards", False)
-    timeout_minutes: float = setting("a rank that does not answer for so long ends the run", 10.0, "(0, inf)")
+    cpu_offload: bool = setting("keep shards and optimizer state in host memory; slow, for small GPUs", False)
+    timeout_minutes: float = setting("stop when a rank has not answered for this long", 10.0, "(0, 1e6]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +108,11 @@ class Config:
     distributed: Distributed
 
 
-SETTINGS: dict[str, Field] = {f"{s.name}.{f.name}": f for s in fields(Config) for f in fields(s.type)}
+SECTIONS: dict[str, Any] = {s.name: s.type for s in fields(Config)}
+SETTINGS: dict[str, Field] = {f"{section}.{f.name}": f for section, kind in SECTIONS.items() for f in fields(kind)}
 
 
-# What may differ when a run goes on: where things are, what is measured, and how the same result is computed.
+# May differ when a run resumes: where things are, what is measured, and how the same result is computed.
 FREE_ON_RESUME = {
     "model.path", "data.train", "data.test", "data.cache_dir", "reference.cache_dir", "train.output_dir",
     "train.device", "train.compile", "train.micro_batch_tokens", "train.activation_checkpointing", "train.eval_steps",
@@ -115,7 +122,7 @@ FREE_ON_RESUME = {
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The settings, by name, that a run must keep to go on as itself."""
+    """The settings, by name, that must stay the same when a run resumes."""
     return {name: value for name, value in flat(config).items() if name not in FREE_ON_RESUME}
 
 
@@ -123,11 +130,39 @@ def flat(config: Config) -> dict[str, Any]:
     return {name: getattr(getattr(config, name.partition(".")[0]), name.partition(".")[2]) for name in SETTINGS}
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read the TOML file at `path`, lay `overrides` over it (`section.key=value`, with or without `--`; the last one
-    wins) and check. An override's value is TOML, or bare text where the setting is text. ValueError on any problem.
+def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Split the words of a command line, without its flags, into the config file (or None) and the overrides.
+
+    Only the first word can be the file. The overrides keep their order, and in `load` the last one of a setting wins.
+    A word that is neither is a ValueError.
     """
-    entries = read_file(Path(path)) | dict(map(parse_override, overrides or []))
+    overrides = list(words)
+    path = overrides.pop(0) if overrides and is_config_path(overrides[0]) else None
+    for override in overrides:
+        parse_override(override)
+    return path, overrides
+
+
+def is_config_path(word: str) -> bool:
+    """Is this first word a file? `data.train=x.toml` is not, `runs/lr=1/config.toml` is, whether or not it exists."""
+    if os.path.isfile(word):
+        return True
+    if not word or word.startswith("-"):
+        return False
+    name, equals, _ = word.partition("=")
+    in_section = name.partition(".")[0] in SECTIONS
+    if word.endswith(".toml"):
+        return not (equals and in_section)
+    return not equals and not in_section
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read the TOML file at `path`, replace settings by `overrides`, and check the result.
+
+    An override is `section.key=value`, with or without a leading `--`. Its value is TOML, or plain text for a setting
+    that is text. The last override of a setting wins. Any problem is a ValueError.
+    """
+    entries = read_file(Path(os.path.expanduser(path))) | dict(map(parse_override, overrides))
     values = {}
     for name, (value, where) in entries.items():
         if name not in SETTINGS:
@@ -137,76 +172,129 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         if f.default is MISSING and not values.get(name):
             raise ValueError(f"{path}: {name} is required ({f.metadata['doc']}); set it there or add {name}=...")
 
-    def section(s: Field) -> Any:
-        return s.type(**{f.name: values[n] for f in fields(s.type) if (n := f"{s.name}.{f.name}") in values})
+    def build(section: str) -> Any:
+        names = [name for name in values if name.startswith(f"{section}.")]
+        return SECTIONS[section](**{name.partition(".")[2]: values[name] for name in names})
 
-    config = Config(**{s.name: section(s) for s in fields(Config)})
+    config = Config(**{section: build(section) for section in SECTIONS})
     check(config, {name: where for name, (_, where) in entries.items()})
     return config
 
 
-def read_file(path: Path) -> dict[str, tuple[Any, str]]:
-    """{"section.key": (value, "file:line")}. A key outside any section, or an empty unknown section, keeps its bare
-    name, which no setting has."""
+def read_file(path: Path, extended_by: tuple[str, ...] = ()) -> dict[str, tuple[Any, str]]:
+    """{"section.key": (value, "file:line")}, first from the file that this one extends, then from this one.
+
+    A key outside any section, or an empty unknown section, keeps its bare name, which is not the name of any setting.
+    `extended_by` holds the real paths of the files that led here.
+    """
+    tree, lines = parse_file(path)
+    entries: dict[str, Any] = {}
+    for section, table in tree.items():
+        if isinstance(table, dict) and (table or section in SECTIONS):
+            entries |= {f"{section}.{key}": value for key, value in table.items()}
+        else:
+            entries[section] = table
+    here = {name: (value, f"{path}:{lines[name]}" if name in lines else str(path)) for name, value in entries.items()}
+    if "extends" not in here:
+        return here
+
+    extends, where = here.pop("extends")
+    if not isinstance(extends, str):
+        raise ValueError(f"{where}: extends must be the path of one file, not {shown(extends)}")
+    base = path.parent / os.path.expanduser(extends)
+    if not os.path.isfile(base):
+        raise ValueError(f"{where}: extends = {extends!r}, but there is no file {base}")
+    extended_by = (*extended_by, os.path.realpath(path))
+    if os.path.realpath(base) in extended_by:
+        raise ValueError(f"{where}: extends = {extends!r} leads back to the same file")
+    return read_file(base, extended_by) | here
+
+
+def parse_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The TOML tree, and line numbers by "section.key". Only the plain spellings `[section]` and `key =` have one."""
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = tomllib.loads(text)
+        raw = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw[:4].count(0) == 2:
+        raise ValueError(f"{path}: looks like UTF-16; save it as UTF-8")
+    try:
+        text = raw.decode("utf-8-sig")
+        tree = tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        number = raw[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{number}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:  # from int(), or from tomllib's own recursion
+        raise ValueError(f"{path}: a number has too many digits, or values are nested too deeply") from error
 
-    lines, header = {}, ""  # by the plain spellings, `[section]` and `key =`; for others the file's name must do
-    for number, line in enumerate(text.splitlines(), 1):
+    lines: dict[str, int] = {}
+    header = ""
+    for number, line in enumerate(text.split("\n"), 1):
         if match := re.match(r"\s*\[\s*([\w-]+)\s*\]", line):
             header = match[1] + "."
             lines.setdefault(match[1], number)
         elif match := re.match(r"\s*([\w.-]+)\s*=", line):
             lines.setdefault(header + match[1], number)
-
-    known = {s.name for s in fields(Config)}
-    flat = {}
-    for section, table in tree.items():
-        if isinstance(table, dict) and (table or section in known):
-            flat |= {f"{section}.{key}": value for key, value in table.items()}
-        else:
-            flat[section] = table
-    return {name: (value, f"{path}:{lines[name]}" if name in lines else str(path)) for name, value in flat.items()}
+    return tree, lines
 
 
 def parse_override(argument: str) -> tuple[str, tuple[Any, str]]:
     name, equals, text = argument.removeprefix("--").partition("=")
     if not equals:
-        raise ValueError(f"command line: {argument!r} is not of the form section.key=value")
+        hint = f"write {name}=VALUE" if name in SETTINGS else suggestion(name)
+        raise ValueError(f"command line: {argument!r} is not of the form section.key=value; {hint}")
+    if "\n" in argument or "\r" in argument:  # TOML would read a second line as another setting
+        raise ValueError(f"command line: {shown(argument)} has a line break; in text, write \\n between double quotes")
+    if any("\ud800" <= character <= "\udfff" for character in argument):  # how Python passes bytes that are not UTF-8
+        raise ValueError(f"command line: {argument!r} is not UTF-8")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
-    # Text needs no quotes, even where it looks like something else: model.path=2024 is a directory.
-    if name in SETTINGS and SETTINGS[name].type not in (bool, int, float) and not isinstance(value, str | list):
+    # Text needs no quotes, even if it looks like another type: model.path=2024 is a directory.
+    kind = SETTINGS[name].type if name in SETTINGS else str
+    if kind not in (bool, int, float) and not isinstance(value, (str, list) if kind == tuple[str, ...] else str):
         value = text
     return name, (value, "command line")
 
 
 def convert(name: str, value: Any, where: str) -> Any:
-    """`value` as the type of setting `name`, inside its interval."""
-    kind, within = SETTINGS[name].type, SETTINGS[name].metadata["within"]
-    if kind is float and type(value) is int:
+    """`value` as the type of setting `name`, within its interval. Paths have their ~ expanded."""
+    f = SETTINGS[name]
+    within = f.metadata["within"]
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where}: {name} is a whole number beyond 64 bits")
+    if f.type is float and type(value) is int:
         value = float(value)
-    if kind == tuple[str, ...] and isinstance(value, str):
+    if f.type == tuple[str, ...] and isinstance(value, str):
         value = [value] if value else []
-
-    if get_origin(kind) is Literal:
-        ok = value in get_args(kind)
-    elif kind == tuple[str, ...]:
-        ok = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
-    else:
-        ok = type(value) is kind  # not isinstance: true is no int here
-    if not ok:
-        raise ValueError(f"{where}: {name} must be {describe(kind)}, not {value!r}")
+    if not fits(f, value):
+        raise ValueError(f"{where}: {name} must be {describe(f)}, not {shown(value)}")
     if within and not contains(within, value):
         raise ValueError(f"{where}: {name} = {value!r} is outside {within}")
-    return tuple(value) if kind == tuple[str, ...] else value
+    return expand(name, value, where) if f.metadata["path"] else value
+
+
+def fits(f: Field, value: Any) -> bool:
+    if get_origin(f.type) is Literal:
+        return value in get_args(f.type)
+    if f.type == tuple[str, ...]:
+        return isinstance(value, list) and all(isinstance(path, str) and path for path in value)
+    return type(value) is f.type and not (f.metadata["path"] and not value)  # not isinstance: true is no int here
+
+
+def expand(name: str, value: Any, where: str) -> Any:
+    """One path, or a list of them as a tuple, with ~ expanded."""
+    if isinstance(value, list):
+        return tuple(expand(name, path, where) for path in value)
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise ValueError(f"{where}: {name} = {value!r}: there is no such home; write ./~ for a folder named ~")
+    if "\0" in path:
+        raise ValueError(f"{where}: {name} = {value!r} is not a path")
+    return path
 
 
 def contains(interval: str, value: float) -> bool:
@@ -217,7 +305,7 @@ def contains(interval: str, value: float) -> bool:
 
 
 def check(config: Config, where: dict[str, str]) -> None:
-    """What no setting can tell alone."""
+    """Checks that involve more than one value."""
 
     def refuse(message: str, *names: str) -> None:
         places = ", ".join(dict.fromkeys(where.get(name, "default") for name in names))
@@ -233,57 +321,75 @@ def check(config: Config, where: dict[str, str]) -> None:
         )
     if data.system_prompt and not data.insert_system:
         refuse(
-            f"data.system_prompt = {data.system_prompt!r} would never be used: data.insert_system is false",
+            f"data.system_prompt = {shown(data.system_prompt)} would never be used: data.insert_system is false",
             "data.system_prompt",
             "data.insert_system",
         )
+    seen: dict[str, tuple[str, str]] = {}
+    for name, paths in (("data.train", data.train), ("data.test", data.test)):
+        for path in paths:
+            real = os.path.realpath(path)
+            if real in seen:
+                other, spelled = seen[real]
+                reason = "held-out pairs must not be trained on" if name != other else "its pairs would count twice"
+                refuse(f"{name} has {path!r}, and {other} has {spelled!r}: the same file; {reason}", other, name)
+            seen[real] = name, path
 
 
 def suggestion(name: str) -> str:
-    """The nearest setting by its last part (so a right key in the wrong section is found), or the choice there is."""
+    """The setting that was probably meant, by its last part, so that a right key in the wrong section is found; else
+    the choice there is."""
     section, _, key = name.rpartition(".")
-    by_key = {n.rpartition(".")[2]: n for n in SETTINGS}
-    if near := get_close_matches(key, by_key, n=1):
-        return f"did you mean {by_key[near[0]]}?"
-    keys = [n.rpartition(".")[2] for n in SETTINGS if n.startswith(f"{section}.")]
-    if keys:
-        return f"[{section}] has {', '.join(keys)}"
-    return f"sections are {', '.join(s.name for s in fields(Config))}"
+    if key in ("config", "toml"):
+        return "give one config file, as the first word, without a flag"
+    if key == "extends":
+        return "write extends in a file, above its first [section]"
+    if near := get_close_matches(key, {n.rpartition(".")[2] for n in SETTINGS}, n=1):
+        same = [n for n in SETTINGS if n.endswith(f".{near[0]}")]
+        return f"did you mean {f'{section}.{near[0]}' if f'{section}.{near[0]}' in same else ' or '.join(same)}?"
+    if section in SECTIONS:
+        return f"[{section}] has {', '.join(f.name for f in fields(SECTIONS[section]))}"
+    return f"sections are {', '.join(SECTIONS)}"
 
 
-def describe(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return " or ".join(f'"{choice}"' for choice in get_args(kind))
-    return {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        tuple[str, ...]: "a path or a list of paths",
-    }[kind]
+def describe(f: Field) -> str:
+    if get_origin(f.type) is Literal:
+        return " or ".join(f'"{choice}"' for choice in get_args(f.type))
+    if f.metadata["path"]:
+        return "a path" if f.type is str else "a path or a list of paths"
+    words: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return words[f.type]
+
+
+def shown(value: Any) -> str:
+    """`value` for an error message, cut to a line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of too many digits, or deep tables
+        text = f"a {type(value).__name__} too large to show"
+    return text if len(text) <= 100 else text[:100] + "..."
 
 
 def to_toml(config: Config) -> str:
-    """Every setting with its value; `load` reads it back as an equal Config."""
-    sections = [(s.name, getattr(config, s.name)) for s in fields(Config)]
+    """Every setting with its value. `load` reads it back as an equal Config."""
     return "\n".join(
-        f"[{name}]\n" + "".join(f"{f.name} = {to_toml_value(getattr(section, f.name))}\n" for f in fields(section))
-        for name, section in sections
+        f"[{section}]\n" + "".join(f"{key} = {to_toml_value(value)}\n" for key, value in vars(values).items())
+        for section, values in vars(config).items()
     )
 
 
 def to_toml_value(value: Any) -> str:
-    # JSON's strings, numbers, booleans and lists of strings are TOML's too; only DEL must be escaped for TOML.
+    # JSON's strings, numbers, booleans and lists of strings are also TOML's, except that TOML wants DEL escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def help_text() -> str:
-    """Every setting with its default, type, permitted interval and meaning: the body of --help."""
+    """Every setting with its default, type, interval and meaning: the body of --help."""
     text = "Settings: `key = value` under [section] in the TOML file, or section.key=value on the command line.\n"
-    for s in fields(Config):
-        text += f"\n[{s.name}]\n"
-        for f in fields(s.type):
+    for section, kind in SECTIONS.items():
+        text += f"\n[{section}]\n"
+        for f in fields(kind):
             default = "(required)" if f.default is MISSING else f"= {to_toml_value(f.default)}"
             within = f" in {f.metadata['within']}" if f.metadata["within"] else ""
-            text += f"  {f.name} {default}\n      {describe(f.type)}{within}: {f.metadata['doc']}\n"
+            text += f"  {f.name} {default}\n      {describe(f)}{within}: {f.metadata['doc']}\n"
     return text

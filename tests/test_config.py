@@ -1,14 +1,16 @@
-"""What is written is what is used; what cannot be used is refused with its name, its value and its place."""
+"""config.py: the written value is the used value; an unusable one is refused with its name, its value and its place."""
 
-from dataclasses import FrozenInstanceError, fields, replace
+import json
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
 
 from notus import config
 
-FOLDER = Path(__file__).parent.parent / "configs"
-CONFIGS = sorted(FOLDER.glob("*.toml"))
+SHIPPED = sorted(config.CONFIGS.glob("*.toml"))
 REQUIRED = '[model]\npath = "base"\n[data]\ntrain = "a.jsonl"\n[train]\noutput_dir = "out"\n'
 
 
@@ -19,44 +21,46 @@ def minimal(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configs_load_and_show_every_setting(path):
-    """A lab card leaves nothing to a default: what the run does can be read in the one file."""
-    config.load(path)
-    written = config.read_file(path)
-    assert set(written) == set(config.SETTINGS)
-    assert all(where.rpartition(":")[2].isdigit() for _, where in written.values())
+# --- the shipped files ---------------------------------------------------------------------------------------------
 
 
 def test_shipped_configs_are_there():
-    assert {path.stem for path in CONFIGS} == {"demo", "notus-7b-v1", "notus-7b-v1-a100-40gb", "zephyr-7b-beta"}
+    assert {path.stem for path in SHIPPED} == {"demo", "notus-7b-v1", "notus-7b-v1-a100-40gb", "zephyr-7b-beta"}
 
 
-def test_defaults_are_the_recipe_of_notus(minimal):
-    defaults, recipe = config.load(minimal), config.load(FOLDER / "notus-7b-v1.toml")
-    assert (defaults.dpo, defaults.reference) == (recipe.dpo, recipe.reference)
-    assert replace(defaults.data, train=recipe.data.train, test=recipe.data.test) == recipe.data
-    hardware = ("output_dir", "micro_batch_tokens", "activation_checkpointing", "device", "compile")
-    assert replace(defaults.train, **{name: getattr(recipe.train, name) for name in hardware}) == recipe.train
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_line_changes_a_value_or_has_a_comment(path):
+    tree, lines = config.parse_file(path)
+    base = tree.pop("extends", None)
+    without = (
+        config.flat(config.load(path.parent / base)) if base else {n: f.default for n, f in config.SETTINGS.items()}
+    )
+    text = path.read_text().splitlines()
+    for name, value in ((f"{s}.{key}", value) for s, table in tree.items() for key, value in table.items()):
+        assert config.convert(name, value, "") != without[name] or "#" in text[lines[name] - 1], name
 
 
 def test_the_40_gb_run_is_the_same_run():
-    large, small = (config.load(FOLDER / f"notus-7b-v1{suffix}.toml") for suffix in ("", "-a100-40gb"))
-    differ = {f.name for f in fields(large.train) if getattr(large.train, f.name) != getattr(small.train, f.name)}
-    assert differ <= {"micro_batch_tokens"}
-    assert replace(small, train=large.train) == large
+    large, small = (
+        config.flat(config.load(config.CONFIGS / f"notus-7b-v1{suffix}.toml")) for suffix in ("", "-a100-40gb")
+    )
+    assert {name for name in large if large[name] != small[name]} == {"train.micro_batch_tokens"}
 
 
-NASTY = 'a"b\\c\n\t\x7f\x01é🙂 # not a comment'
+# --- reading -------------------------------------------------------------------------------------------------------
+
+NASTY = 'a"b\\c\n\t\x7f\x01é🙂\u2028 # not a comment'
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_round_trip(path, tmp_path):
     c = config.load(path, ["data.train=['x.jsonl', 'y z.jsonl']", "dpo.beta=1e-5", "train.seed=0", "data.bos=false"])
-    c = replace(c, model=config.Model(path=NASTY))
-    saved = tmp_path / "resolved.toml"
+    c = replace(c, model=config.Model(path=NASTY), data=replace(c.data, system_prompt=NASTY))
+    saved = tmp_path / "elsewhere" / "resolved.toml"
+    saved.parent.mkdir()
     saved.write_text(config.to_toml(c), encoding="utf-8")
     assert config.load(saved) == c
+    assert "extends" not in config.to_toml(c)
 
 
 def test_overrides(minimal):
@@ -67,16 +71,17 @@ def test_overrides(minimal):
             "--data.test=dir/a b=c.jsonl",
             'data.train=["x", "y"]',
             "dpo.beta=1",  # a whole number is a number
-            "train.optimizer=adamw",
+            "train.optimizer=rmsprop",
             "train.seed=1",
-            "--train.seed=7",  # the last one wins
-            "data.insert_system=false",
+            "--train.seed=4294967295",  # the last one wins
+            "data.system_prompt=[1]",
         ],
     )
     assert c.model.path == "2024" and c.data.test == ("dir/a b=c.jsonl",) and c.data.train == ("x", "y")
     assert c.dpo.beta == 1.0 and type(c.dpo.beta) is float
-    assert (c.train.optimizer, c.train.seed, c.data.insert_system) == ("adamw", 7, False)
+    assert (c.train.optimizer, c.train.seed, c.data.system_prompt) == ("rmsprop", 2**32 - 1, "[1]")
     assert config.load(minimal, ["data.test=a", "data.test="]).data.test == ()
+    assert config.load(minimal, [r'data.system_prompt="a\nb"']).data.system_prompt == "a\nb"
 
 
 def test_frozen(minimal):
@@ -84,36 +89,172 @@ def test_frozen(minimal):
         config.load(minimal).dpo.beta = 0.2
 
 
+def test_a_file_with_a_byte_order_mark_is_read(minimal):
+    plain = config.load(minimal)
+    minimal.write_text("\ufeff" + REQUIRED, encoding="utf-8")
+    assert config.load(minimal) == plain
+
+
+def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [name for name, f in config.SETTINGS.items() if f.metadata["path"]]
+    assert names == [n for n in config.SETTINGS if n in ("data.train", "data.test") or n.endswith(("path", "_dir"))]
+    path = tmp_path / "home.toml"
+    path.write_text("".join(f'{name} = "~/{name}"\n' for name in names) + 'data.system_prompt = "~"\n')
+    for c in (config.load(path), config.load("~/home.toml", [f"{name}=~/{name}" for name in names])):
+        for name in names:
+            assert config.flat(c)[name] in (f"{tmp_path}/{name}", (f"{tmp_path}/{name}",))
+        assert c.data.system_prompt == "~"
+    assert config.load(path, ["model.path=./~"]).model.path == "./~"
+    with pytest.raises(ValueError, match=r"^command line: model\.path = '~nobody-here/x': there is no such home"):
+        config.load(path, ["model.path=~nobody-here/x"])
+
+
+def test_a_typo_is_refused_without_importing_more_than_the_standard_library():
+    code = "import sys; before = {*sys.modules}; import notus.config; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {name.partition(".")[0] for name in done.stdout.split()} <= sys.stdlib_module_names | {"notus"}
+
+
+# --- extends -------------------------------------------------------------------------------------------------------
+
+
+def test_extends_reads_the_other_file_first(minimal, tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "middle.toml").write_text('extends = "../minimal.toml"\n[dpo]\nbeta = 0.2\n[train]\nseed = 1\n')
+    (tmp_path / "top.toml").write_text('extends = "sub/middle.toml"\n[train]\nseed = 2\n')
+    c = config.load(tmp_path / "top.toml", ["train.log_steps=7"])
+    assert (c.model.path, c.dpo.beta, c.train.seed, c.train.log_steps) == ("base", 0.2, 2, 7)
+
+    minimal.write_text(REQUIRED + "[dpo]\nlabel_smoothing = 1\n")
+    with pytest.raises(ValueError, match=r"sub/\.\./minimal\.toml:8: dpo\.label_smoothing = 1\.0 is outside"):
+        config.load(tmp_path / "top.toml")
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    minimal.write_text(REQUIRED)
+    (tmp_path / "sub" / "middle.toml").write_text('extends = "~/minimal.toml"\n')
+    assert config.load(tmp_path / "top.toml").model.path == "base"
+
+
+@pytest.mark.parametrize(
+    "extends, message",
+    [
+        ('"none.toml"', ":2: extends = 'none.toml', but there is no file "),
+        ('""', ":2: extends = '', but there is no file "),
+        ('["a", "b"]', ":2: extends must be the path of one file, not ['a', 'b']"),
+        ('"bad.toml"', ":2: extends = 'bad.toml' leads back to the same file"),
+        ('"circle.toml"', ":1: extends = './bad.toml' leads back to the same file"),
+    ],
+)
+def test_refusals_of_extends(tmp_path, extends, message):
+    (tmp_path / "circle.toml").write_text('extends = "./bad.toml"\n')
+    (tmp_path / "bad.toml").write_text(f"\nextends = {extends}\n{REQUIRED}")
+    with pytest.raises(ValueError) as error:
+        config.load(tmp_path / "bad.toml")
+    assert message in str(error.value)
+
+
+# --- the words of a command line -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, path",
+    [
+        ([], None),
+        (["dpo.beta=0.1", "--train.seed=2", "dpo.beta=0.2"], None),
+        (["some.toml", "dpo.beta=0.1"], "some.toml"),
+        (["train.toml"], "train.toml"),  # a section's name, but no "="
+        (["/dev/fd/63"], "/dev/fd/63"),
+        (["runs/lr=1/config.toml", "train.seed=1"], "runs/lr=1/config.toml"),
+        (["./train.seed=1/config.toml"], "./train.seed=1/config.toml"),
+        (["exists=1", "train.seed=1"], "exists=1"),
+        (["data.train=pairs.toml"], None),
+        (["--model.path=base.toml"], None),
+        (["lr=1"], None),  # `load` refuses the name
+        (["data.system_prompt=" + "long" * 1000], None),
+    ],
+)
+def test_split_words(words, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "exists=1").write_text(REQUIRED)
+    assert config.split_words(words) == (path, words[path is not None :])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["a.toml", "beta"], "'beta' is not of the form section.key=value; did you mean dpo.beta?"),
+        (["dpo.beta", "0.1"], "'dpo.beta' is not of the form section.key=value; write dpo.beta=VALUE"),
+        (["--resume"], "'--resume' is not of the form section.key=value; sections are model,"),
+        (["--config", "a.toml"], "give one config file, as the first word, without a flag"),
+        (
+            ["dpo.beta=1", "a.toml"],
+            "'a.toml' is not of the form section.key=value; give one config file, as the first word",
+        ),
+        (
+            ["a.toml", "b.toml"],
+            "'b.toml' is not of the form section.key=value; give one config file, as the first word",
+        ),
+        ([""], "'' is not of the form section.key=value"),
+    ],
+)
+def test_refused_words(words, message):
+    with pytest.raises(ValueError) as error:
+        config.split_words(words)
+    assert str(error.value).startswith("command line: ") and message in str(error.value)
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
         ("dpo.beta", "'dpo.beta' is not of the form section.key=value"),
         ("data.max_lenght=5", "unknown setting data.max_lenght; did you mean data.max_length?"),
+        ("data.cach_dir=x", "unknown setting data.cach_dir; did you mean data.cache_dir?"),
+        ("train.cache_dir=x", "did you mean data.cache_dir or reference.cache_dir?"),
         ("train.beta=0.1", "did you mean dpo.beta?"),
         ("beta=0.1", "did you mean dpo.beta?"),
         ("train.lr=0.1", "unknown setting train.lr; [train] has output_dir, learning_rate,"),
         ("log.to=x", "sections are model, data, dpo, train, reference"),
+        ("--config=x.toml", "unknown setting config; give one config file, as the first word, without a flag"),
+        ("extends=x.toml", "unknown setting extends; write extends in a file, above its first [section]"),
         ("dpo.beta=true", "dpo.beta must be a number, not True"),
         ("dpo.beta=", "dpo.beta must be a number, not ''"),
         ("dpo.beta=0", "dpo.beta = 0.0 is outside (0, inf)"),
         ("dpo.beta=nan", "dpo.beta = nan is outside (0, inf)"),
-        ("train.learning_rate=inf", "train.learning_rate = inf is outside (0, inf)"),
+        ("dpo.beta=inf", "dpo.beta = inf is outside (0, inf)"),
+        ("dpo.beta=1e999", "dpo.beta = inf is outside (0, inf)"),
+        ("train.weight_decay=nan", "train.weight_decay = nan is outside [0, inf)"),
         ("dpo.label_smoothing=0.5", "dpo.label_smoothing = 0.5 is outside [0, 0.5)"),
         ("train.warmup_ratio=1.1", "train.warmup_ratio = 1.1 is outside [0, 1]"),
+        ("distributed.timeout_minutes=1e300", "distributed.timeout_minutes = 1e+300 is outside (0, 1e6]"),
         ("train.seed=true", "train.seed must be a whole number, not True"),
         ("train.seed=1.0", "train.seed must be a whole number, not 1.0"),
-        ("train.seed=-1", "train.seed = -1 is outside [0, inf)"),
+        ("train.seed=-1", "train.seed = -1 is outside [0, 4294967296)"),
+        ("train.seed=4294967296", "train.seed = 4294967296 is outside [0, 4294967296)"),
+        ("data.max_length=9223372036854775808", "data.max_length is a whole number beyond 64 bits"),
+        ("dpo.beta=" + "9" * 400, "dpo.beta is a whole number beyond 64 bits"),
+        ("dpo.beta=" + "9" * 5000, "dpo.beta must be a number, not '999"),  # int() itself refuses so many digits
+        ("dpo.beta=" + "[" * 5000, "dpo.beta must be a number, not '[[["),
+        ("data.train=[0x" + "f" * 5000 + "]", "a path or a list of paths, not a list too large to show"),
         ("data.bos=1", "data.bos must be true or false, not 1"),
         ("data.train=[1]", "data.train must be a path or a list of paths, not [1]"),
         ("data.train=", "data.train is required"),
+        ("data.cache_dir=", "data.cache_dir must be a path, not ''"),
+        (r'model.path="a\u0000b"', r"model.path = 'a\x00b' is not a path"),
         ("train.optimizer=sgd", 'train.optimizer must be "rmsprop" or "adamw", not \'sgd\''),
+        ("dpo.beta=0.1\n[train]\nseed = 1", r"'dpo.beta=0.1\n[train]\nseed = 1' has a line break"),
+        ("train.output_dir=out\r", r"'train.output_dir=out\r' has a line break"),
+        ("model.path=\udce9", r"'model.path=\udce9' is not UTF-8"),
         ("data.max_prompt_length=1024", "data.max_prompt_length = 1024 must be below data.max_length = 1024"),
     ],
 )
 def test_refusals_on_the_command_line(minimal, override, message):
     with pytest.raises(ValueError) as error:
         config.load(minimal, [override])
-    assert message in str(error.value)
+    assert message in str(error.value) and len(str(error.value)) < 500
     assert str(error.value).startswith(("command line", str(minimal)))
 
 
@@ -121,30 +262,56 @@ def test_refusals_on_the_command_line(minimal, override, message):
     "text, place, message",
     [
         ("[dpo]\n# comment\nbeta = -1\n", ":9: ", "dpo.beta = -1.0 is outside (0, inf)"),
+        ("[dpo]\n# a \u2028 b\nbeta = -1\n", ":9: ", "dpo.beta = -1.0 is outside (0, inf)"),
         ("[dpo]\nbeta = '0.1'\n", ":8: ", "dpo.beta must be a number, not '0.1'"),
         ("[dop]\nbeta = 0.1\n", ":8: ", "unknown setting dop.beta; did you mean dpo.beta?"),
         ("[optimizer]\n", ":7: ", "unknown setting optimizer; did you mean train.optimizer?"),
+        ("extends = 'a.toml'\n", ":7: ", "unknown setting train.extends; write extends in a file, above its first"),
         ("[dpo\n", ": ", "at line 7"),
-        ("[reference]\ncache_dir = 7\n", ":8: ", "reference.cache_dir must be text, not 7"),
+        ("[model]\n", ": ", "Cannot declare ('model',) twice (at line 7, column 7)"),
+        ("[reference]\ncache_dir = 7\n", ":8: ", "reference.cache_dir must be a path, not 7"),
+        ("[dpo]\nbeta = 0x" + "f" * 5000 + "\n", ":8: ", "dpo.beta is a whole number beyond 64 bits"),
+        ("[dpo]\nbeta = " + "9" * 5000 + "\n", ": ", "a number has too many digits, or values are nested too deeply"),
+        ("[dpo]\nbeta = " + "[" * 5000 + "\n", ": ", "a number has too many digits, or values are nested too deeply"),
+        ("[dpo.beta" + ".a" * 5000 + "]\n", ": ", "dpo.beta must be a number, not a dict too large to show"),
     ],
 )
 def test_refusals_in_the_file(tmp_path, text, place, message):
     path = tmp_path / "bad.toml"
-    path.write_text(REQUIRED + text)
+    path.write_text(REQUIRED + text, encoding="utf-8")
     with pytest.raises(ValueError) as error:
         config.load(path)
     assert str(error.value).startswith(f"{path}{place}") and message in str(error.value)
 
 
-def test_refusals_of_the_file_itself(tmp_path):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b'[model]\npath = "\xe9"\n', r":2: is not UTF-8 \(invalid continuation byte\); save it as UTF-8"),
+        (REQUIRED.encode("utf-16"), ": looks like UTF-16; save it as UTF-8"),
+        (REQUIRED.encode("utf-16-le"), ": looks like UTF-16; save it as UTF-8"),
+        (REQUIRED.encode("utf-16-be"), ": looks like UTF-16; save it as UTF-8"),
+        (b"", r": model\.path is required"),
+    ],
+)
+def test_refusals_of_the_file_itself(tmp_path, content, message):
+    (tmp_path / "bad.toml").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"bad\.toml{message}"):
+        config.load(tmp_path / "bad.toml")
+
+
+def test_a_path_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"missing\.toml: No such file"):
         config.load(tmp_path / "missing.toml")
-    (tmp_path / "latin.toml").write_bytes(b'[model]\npath = "\xe9"\n')
-    with pytest.raises(ValueError, match=r"latin\.toml: .*utf-8"):
-        config.load(tmp_path / "latin.toml")
-    (tmp_path / "empty.toml").write_text("")
-    with pytest.raises(ValueError, match=r"empty\.toml: model\.path is required"):
-        config.load(tmp_path / "empty.toml")
+    with pytest.raises(ValueError, match=r": Is a directory$"):
+        config.load(tmp_path)
+
+    def denied(path):  # root may read everything, so chmod would not show it
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(ValueError, match=r"secret\.toml: Permission denied$"):
+        config.load(tmp_path / "secret.toml")
 
 
 def test_contradictions_name_every_place(minimal):
@@ -152,6 +319,20 @@ def test_contradictions_name_every_place(minimal):
         config.load(minimal, ["data.max_length=512"])
     with pytest.raises(ValueError, match=r"^command line: data\.system_prompt = 'Be brief\.' would never be used"):
         config.load(minimal, ["data.system_prompt=Be brief.", "data.insert_system=false"])
+
+
+def test_a_file_of_pairs_is_named_once(minimal, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").touch()
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    for path in ("a.jsonl", "./a.jsonl", str(tmp_path / "a.jsonl"), "link.jsonl", "missing/../a.jsonl"):
+        with pytest.raises(ValueError, match=r"minimal\.toml:4, command line: data\.test has .*must not be trained on"):
+            config.load(minimal, [f"data.test={path}"])
+        for name, other in (("data.train", "data.test"), ("data.test", "data.train")):
+            twice = [f"{name}={json.dumps(['b.jsonl', 'link.jsonl', path])}", f"{other}=c.jsonl"]
+            with pytest.raises(ValueError, match=rf"^command line: {name} has .*: the same file; .*count twice"):
+                config.load(minimal, twice)
+    assert config.load(minimal, ["data.test=b.jsonl"]).data.test == ("b.jsonl",)
 
 
 def test_help_names_every_setting():
