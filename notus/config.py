@@ -59,7 +59,7 @@ class Train:
     output_dir: str = setting("folder of this run: checkpoints, metrics.jsonl, the exported model", path=True)
     learning_rate: float = setting("highest rate, at the end of warmup; it then falls linearly to 0", 5e-7, "(0, inf)")
     optimizer: Literal["rmsprop", "adamw"] = setting(
-        "rmsprop is the original's; its first steps are up to 10 times learning_rate, so use warmup", "rmsprop"
+        "rmsprop is the original's; its first steps are up to 10 times learning_rate, so use warmup", "adamw"
     )
     weight_decay: float = setting("decoupled for adamw, added to the gradient for rmsprop", 0.0, "[0, inf)")
     warmup_ratio: float = setting("share of all steps in which the rate rises from 0", 0.1, "[0, 1]")

@@ -40,6 +40,12 @@ def test_a_shipped_line_changes_a_value_or_has_a_comment(path):
         assert config.convert(name, value, "") != without[name] or "#" in text[lines[name] - 1], name
 
 
+def test_the_recipe_names_its_optimizer():
+    """The default is adamw, which is not what Notus and Zephyr used."""
+    assert config.SETTINGS["train.optimizer"].default == "adamw"
+    assert {config.load(path).train.optimizer for path in SHIPPED} == {"rmsprop"}
+
+
 def test_the_40_gb_run_is_the_same_run():
     large, small = (
         config.flat(config.load(config.CONFIGS / f"notus-7b-v1{suffix}.toml")) for suffix in ("", "-a100-40gb")
