@@ -1,35 +1,37 @@
-"""UltraFeedback -> preference pairs: from each instruction's rated completions, one chosen and one rejected.
+"""UltraFeedback -> preference pairs: one chosen and one rejected answer from each instruction's rated completions.
 
     {"instruction", "source", "completions": [{"model", "response", "annotations": {aspect: {"Rating": "4"}}}, ...]}
-        mean ratings    3.25  5.0  4.0  1.0      chosen = the best; rejected = one of the lower ones, at random
+        mean ratings    3.25  5.0  4.0  1.0      chosen: the best; rejected: one of the lower ones, drawn at random
     {"chosen": [user, assistant], "rejected": [user, assistant], "score_chosen": 5.0, "score_rejected": 3.25, ...}
 
-A pair holds two whole conversations and no `prompt` column: the one form that TRL, open-instruct, RewardBench and
-train.py all read. It depends on its record and the seed, on nothing else: the raw files may be split,
-shuffled or compressed, and the output is the same, byte for byte. They stream through; the pairs stay in memory.
+A pair holds two complete conversations and no `prompt` column. TRL, open-instruct, RewardBench and train.py all read
+this form. A pair depends only on its record and the seed, so the raw files may be split, shuffled or compressed and the
+output stays the same, byte for byte. JSON lines are read one at a time. An array is read into memory at once, and the
+pairs stay in memory until they are written.
 """
 
 import argparse
+import codecs
 import gzip
 import hashlib
 import io
 import json
-import math
 import os
 import re
+import shlex
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-CHUNK = 1 << 20  # characters of a JSON array read at a time
-ARRAY_OPENING, ARRAY_SEPARATOR = re.compile(r"\s*\[\s*(\])?"), re.compile(r"\s*([,\]])\s*")
+T = TypeVar("T")
 
 
 class Completion(NamedTuple):
@@ -46,7 +48,7 @@ class Record(NamedTuple):
 
 
 class Drop(StrEnum):
-    """Why a record makes no pair. The last two come after the rule: it picks as published, then the pair is refused."""
+    """Why a record makes no pair. The last two are found after the rule has picked two answers, as published."""
 
     NO_COMPLETIONS = "no completions"
     ONE_COMPLETION = "one completion only"
@@ -56,66 +58,86 @@ class Drop(StrEnum):
     SAME_ANSWER = "chosen = rejected"
 
 
-# ---- the rules: which completion is chosen, and among which the rejected one is drawn -------------------------------
+# ---- the rules: which completion is chosen, and from which ones the rejected one is drawn ---------------------------
+
+Choice = tuple[Completion, list[Completion]]  # the chosen one; the candidates for the rejected one
 
 
 def mean_rating(completion: dict[str, Any]) -> float | None:
-    """Mean of a raw completion's aspect ratings; "N/A" and absent ones are left out; None where none is left.
+    """Mean of a raw completion's aspect ratings. "N/A" and missing ratings are left out; None if no rating is left.
 
-    UltraFeedback's `calculate_average_rating` (its later field `fine-grained_score`). An aspect is a dict, or in the
-    authors' intermediate files a list of one dict.
+    This is UltraFeedback's `calculate_average_rating` and its later field `fine-grained_score`. An aspect is an object.
+    In the authors' intermediate files it is a list of one object.
     """
-    ratings = []
-    annotations = completion.get("annotations") or {}
+    annotations = completion.get("annotations")
+    if annotations is None:
+        return None
     if not isinstance(annotations, dict):
-        raise ValueError(f'"annotations" is {annotations!r:.60}, expected an object')
+        raise ValueError(f'"annotations" is {show(annotations)}, expected an object')
+    ratings = []
     for aspect, note in annotations.items():
-        note = note[0] if isinstance(note, list) and note else note or {}
+        if isinstance(note, list) and len(note) < 2:
+            note = note[0] if note else None
+        if note is None:
+            continue
         if not isinstance(note, dict):
-            raise ValueError(f'annotation "{aspect}" is {note!r:.60}, expected an object')
-        rating = number(note.get("Rating"), f"{aspect} rating")
+            raise ValueError(f'annotation "{aspect}" is {show(note)}, expected an object with a "Rating"')
+        rating = number(note.get("Rating"), f"{aspect} rating", 1, 5)
         ratings += [] if rating is None else [rating]
     return sum(ratings) / len(ratings) if ratings else None
 
 
-def choose_by_ratings(completions: list[Completion]) -> tuple[Completion, list[Completion]] | Drop:
+def choose_by_ratings(completions: list[Completion]) -> Choice | Drop:
     """Notus's rule, from the card of argilla/ultrafeedback-binarized-preferences:
 
     "Compute mean of preference ratings (honesty, instruction-following, etc.). Pick the best mean rating as the chosen.
     Pick random rejected with lower mean (or another random if equal to chosen rating). Filter out examples with chosen
-    rating == rejected rating." The first wins among equals; an equal one is only picked, and so filtered, if all tie.
+    rating == rejected rating." The first of equals is chosen. An equal one is rejected only if all tie, and such a pair
+    is then filtered out, so a record whose completions all tie is dropped here.
     """
-    rated = [completion for completion in completions if completion.rating is not None]
+    rated = [(completion.rating, completion) for completion in completions if completion.rating is not None]
     if len(rated) < 2:
         return Drop.UNRATED
-    chosen = max(rated, key=lambda completion: completion.rating)  # max() keeps the first of equals
-    lower = [completion for completion in rated if completion.rating < chosen.rating]
+    best, chosen = max(rated, key=lambda pair: pair[0])  # max() keeps the first of equals
+    lower = [completion for rating, completion in rated if rating < best]
     return (chosen, lower) if lower else Drop.TIED
 
 
-def choose_by_overall_score(completions: list[Completion]) -> tuple[Completion, list[Completion]] | Drop:
+def choose_by_overall_score(completions: list[Completion]) -> Choice | Drop:
     """Zephyr's rule, from create_dataset.py of HuggingFaceH4/ultrafeedback_binarized.
 
-    Chosen has the highest overall_score, the first of equals; rejected is any completion that differs from it in score,
-    text or model. An equal score is no obstacle. Files older than 2023-12-29 score some of the worst answers 10.
+    Chosen has the highest overall_score; the first of equals is taken. Rejected is any completion that differs from it
+    in score, text or model, so the two scores may be equal. Files older than 2023-12-29 score some of the worst answers
+    10.
     """
-    if any(completion.overall_score is None for completion in completions):
-        raise ValueError("a completion has no overall_score, which --by overall-score needs")
-    chosen = max(completions, key=lambda completion: completion.overall_score)
+    scored = []
+    for position, completion in enumerate(completions, start=1):
+        if completion.overall_score is None:
+            raise ValueError(f"completion {position}: overall_score is missing or N/A, expected a number from 1 to 10")
+        scored.append((completion.overall_score, completion))
+    _, chosen = max(scored, key=lambda pair: pair[0])
     others = [other for other in completions if other._replace(rating=None) != chosen._replace(rating=None)]
     return (chosen, others) if others else Drop.SAME_ANSWER
 
 
-RULES = {"ratings": (choose_by_ratings, "rating"), "overall-score": (choose_by_overall_score, "overall_score")}
+Rule = Callable[[list[Completion]], Choice | Drop]
+RULES: dict[str, tuple[Rule, str]] = {  # --by -> the rule, and the field of Completion that it compares
+    "ratings": (choose_by_ratings, "rating"),
+    "overall-score": (choose_by_overall_score, "overall_score"),
+}
 
 
 def draw(seed: int, purpose: str, prompt_id: str) -> int:
-    """A uniform 64-bit number of these three alone, whatever was drawn before: a hash in place of a random stream."""
+    """A uniform 64-bit number that depends only on these three. A hash, so no draw depends on the draws before it."""
     return int.from_bytes(hashlib.sha256(f"{purpose} {seed} {prompt_id}".encode()).digest()[:8], "big")
 
 
-def binarize(record: Record, by: str = "ratings", seed: int = 42, system_prompt: str | None = None) -> dict | Drop:
-    """The pair of one record, as it is written; or the reason why there is none."""
+def binarize(
+    record: Record, by: str = "ratings", seed: int = 42, system_prompt: str | None = None
+) -> dict[str, Any] | Drop:
+    """The pair of one record, with the columns that are written, or the reason why it has none."""
+    if by not in RULES:
+        raise ValueError(f"by is {by!r}, expected one of {', '.join(RULES)}")
     if len(record.completions) < 2:
         return Drop.ONE_COMPLETION if record.completions else Drop.NO_COMPLETIONS
     rule, score = RULES[by]
@@ -144,9 +166,10 @@ def binarize(record: Record, by: str = "ratings", seed: int = 42, system_prompt:
 
 
 def split(pairs: list[tuple[str, bytes]], test_size: int, seed: int) -> tuple[list[bytes], list[bytes]]:
-    """(prompt_id, line) pairs -> train and test lines, in their order. An instruction's pairs stay on one side.
+    """Split (prompt_id, line) pairs into train and test lines, in their order. All pairs of a prompt stay together.
 
-    Instructions go to the test side in the order of their draw, those that no longer fit passed over, until it is full.
+    Prompts join the test side in the order of their draw until it is full. A prompt with more pairs than there is room
+    for is skipped. ValueError if exactly `test_size` pairs cannot be held out.
     """
     pairs_of = Counter(prompt_id for prompt_id, _ in pairs)
     test, left = set(), test_size
@@ -159,183 +182,367 @@ def split(pairs: list[tuple[str, bytes]], test_size: int, seed: int) -> tuple[li
     return [line for key, line in pairs if key not in test], [line for key, line in pairs if key in test]
 
 
-# ---- reading: every error names FILE:LINE, or FILE:INDEX in a JSON array --------------------------------------------
+# ---- records: every error names FILE:LINE, or FILE:INDEX in a JSON array --------------------------------------------
+
+NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
 
 
-def number(value: Any, name: str) -> float | None:
-    """4, "4" or "4/10" -> 4.0; null and "N/A" -> None."""
+def show(value: Any) -> str:
+    """The beginning of a JSON value, for messages. The rest is not encoded, so deep nesting does no harm."""
+    text = "".join(islice(json.JSONEncoder(ensure_ascii=False).iterencode(value), 61))  # a chunk is never empty
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def number(value: Any, name: str, lowest: int, highest: int) -> float | None:
+    """A rating or score from `lowest` to `highest`; null and "N/A" are None.
+
+    It is a JSON number or a string of plain digits: "4", "4.5", or "8/10" where `highest` is 10. A string with a sign,
+    a space, an exponent, an underscore or any other slash is refused.
+    """
     if value is None or value == "N/A":
         return None
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
-        with suppress(ValueError, OverflowError):
-            result = float(value.split("/")[0] if isinstance(value, str) else value)
-            if math.isfinite(result):
-                return result
-    raise ValueError(f"{name} is {value!r:.60}, expected a number")
+    result = value
+    if isinstance(value, str):
+        digits = value.removesuffix(f"/{highest}")
+        result = float(digits) if NUMBER.fullmatch(digits) else None
+    if isinstance(result, int | float) and not isinstance(result, bool) and lowest <= result <= highest:
+        return float(result)
+    raise ValueError(f'{name} is {show(value)}, expected a number from {lowest} to {highest}, or "N/A"')
 
 
-def field(mapping: Any, name: str, kind: type) -> Any:
+def field(mapping: Any, name: str, kind: type[T]) -> T:
+    wanted = "a string" if kind is str else "a list"
     if not isinstance(mapping, dict):
-        raise ValueError(f"{mapping!r:.60} is no JSON object")
+        raise ValueError(f'{show(mapping)} is not a JSON object, expected one with the field "{name}"')
     if name not in mapping:
-        raise ValueError(f'no field "{name}"')
+        raise ValueError(f'no field "{name}", expected {wanted}, in {show(mapping)}')
     if not isinstance(mapping[name], kind):
-        raise ValueError(f'"{name}" is {mapping[name]!r:.60}, expected a {"string" if kind is str else "list"}')
+        raise ValueError(f'"{name}" is {show(mapping[name])}, expected {wanted}')
     return mapping[name]
 
 
 def parse_record(raw: Any) -> Record:
-    """A record of UltraFeedback, checked, without what the rules do not read."""
+    """Check a raw record of UltraFeedback and keep what the rules read."""
     if isinstance(raw, dict) and (pair := [key for key in raw if key.startswith(("chosen", "rejected"))]):
-        raise ValueError(f"already binarized (it has {', '.join(pair)}): train on this file as it is")
+        raise ValueError(f"already binarized (it has {', '.join(pair)}), expected a raw record; train on it as it is")
     completions = []
     for position, completion in enumerate(field(raw, "completions", list), start=1):
         try:
             model, response = field(completion, "model", str), field(completion, "response", str)
-            overall_score = number(completion.get("overall_score"), "overall_score")
+            overall_score = number(completion.get("overall_score"), "overall_score", 0, 10)
             completions.append(Completion(model, response, mean_rating(completion), overall_score))
         except ValueError as error:
             raise ValueError(f"completion {position}: {error}") from None
     return Record(field(raw, "instruction", str), field(raw, "source", str), completions)
 
 
-def read_lines(file: io.BufferedIOBase, path: Path) -> Iterator[tuple[int, Any]]:
-    for line_number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-                reason = str(error).replace("line 1 ", "")  # of this line
-                raise ValueError(f"{path}:{line_number}: malformed JSON: {reason}") from None
-            yield line_number, value
+# ---- files: the content decides what a file is, never the name ------------------------------------------------------
+
+Binary = io.BufferedReader | gzip.GzipFile
+BAD_TEXT = (ValueError, RecursionError)  # not JSON or not UTF-8
+BAD_FILE = (EOFError, OSError, zlib.error)  # gzip data that is cut off or damaged, or a disk that fails
+GZIP, PARQUET, GIT_LFS = b"\x1f\x8b", b"PAR1", b"version https://git-lfs"
+FROM_PARQUET = 'import sys, pandas; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient="records", lines=True)'
 
 
-def read_array(file: io.BufferedIOBase, path: Path) -> Iterator[tuple[int, Any]]:
-    """The elements of one JSON array, counted from 1. A chunk is in memory at a time, and the element that it cuts."""
-    text, decode = io.TextIOWrapper(file, encoding="utf-8-sig"), json.JSONDecoder().raw_decode
-    buffer, at, index = "", 0, 1
-    while True:
+def refuse_other_formats(head: bytes, path: Path) -> None:
+    """Raise a ValueError that names the format, if `head` begins a file of a known format other than UTF-8 JSON."""
+    if head.startswith(PARQUET):
+        command = shlex.join(["python", "-c", FROM_PARQUET, str(path), str(path.with_suffix(".jsonl"))])
+        raise ValueError(f"{path}: is a parquet file, expected JSON; convert it with pandas and pyarrow: {command}")
+    if head.startswith(GIT_LFS):
+        raise ValueError(f"{path}: is a git-lfs pointer, expected the data; in its repository, run: git lfs pull")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 < head[:4].count(0) < 4:
+        raise ValueError(
+            f"{path}: looks like UTF-16 or UTF-32, expected UTF-8; save it as UTF-8 (it begins with {head[:8]!r})"
+        )
+
+
+def refusal(where: str, error: Exception, wanted: str = "", found: str = "") -> ValueError:
+    """The ValueError that explains an exception of BAD_FILE, or one of BAD_TEXT where `wanted` was expected."""
+    if isinstance(error, BAD_FILE):
+        return ValueError(f"{where}: cannot be read: {error}; the file may be damaged, copy or download it again")
+    if isinstance(error, RecursionError):
+        reason = "nested too deeply"
+    elif isinstance(error, UnicodeDecodeError):
+        reason = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+    elif isinstance(error, json.JSONDecodeError):  # a line of JSON lines is "line 1" to the decoder
+        reason = str(error).partition(" (char")[0].replace("line 1 ", "")
+    elif isinstance(error, RepeatedKey):
+        reason = str(error)
+    else:
+        reason = f"an integer has more than {sys.get_int_max_str_digits()} digits"
+    return ValueError(f"{where}: malformed JSON: {reason}; expected {wanted}, got {found!r}")
+
+
+class RepeatedKey(ValueError):
+    pass
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. A key that it holds twice is refused, because programs differ in which one they take."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(f"the key {show(next(key for key in keys if keys.count(key) > 1))} is there twice")
+    return mapping
+
+
+def parse(data: bytes | bytearray) -> Any:
+    return json.loads(data.decode(), object_pairs_hook=without_repeats)
+
+
+def read_lines(file: Binary, path: Path) -> Iterator[tuple[int, Any]]:
+    line_number = 0
+    try:
+        for line_number, line in enumerate(file, start=1):
+            if line.strip():
+                yield line_number, parse(line)
+    except BAD_TEXT as error:
+        found = line[:60].decode(errors="replace")
+        raise refusal(f"{path}:{line_number}", error, "one JSON object a line", found) from None
+    except BAD_FILE as error:
+        raise refusal(f"{path}:{line_number + 1}", error) from None
+
+
+def read_array(file: Binary, path: Path) -> list[Any]:
+    data = bytearray()
+    try:
+        while chunk := file.read1():  # read() would lose all that precedes the cut in a torn gzip file
+            data += chunk
+        return parse(data)
+    except (*BAD_TEXT, *BAD_FILE) as error:
+        end = error.start if isinstance(error, UnicodeDecodeError) else len(data)
+        index, found = first_bad_element(data[:end].decode(errors="ignore"))
+        raise refusal(f"{path}:{index}", error, "one JSON array of objects", found) from None
+
+
+def first_bad_element(text: str) -> tuple[int, str]:
+    """(index from 1, first characters) of the element of a broken JSON array that does not parse."""
+    decode, comma = json.JSONDecoder(object_pairs_hook=without_repeats).raw_decode, re.compile(r"\s*,\s*")
+    index, start, mark = 1, 0, re.match(r"\s*\[\s*", text)
+    with suppress(*BAD_TEXT):
+        while mark:
+            start = mark.end()
+            _, start = decode(text, start)
+            index, mark = index + 1, comma.match(text, start)
+    return index, text[start : start + 60]
+
+
+def read_values(packed: io.BufferedReader, path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of JSON lines, or (index, value) of a JSON array, both counted from 1.
+
+    `packed` is the open file and `path` its name in errors. The first two bytes identify gzip, and the first character
+    identifies an array. A UTF-8 byte order mark is skipped.
+    """
+    file = gzip.GzipFile(fileobj=packed) if packed.peek(2).startswith(GZIP) else packed
+    try:
+        head = file.read(64)
+        refuse_other_formats(head, path)
+        start = len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0
+        file.seek(start)
+        while (first := file.read(1)).isspace():
+            pass
+        file.seek(start)
+    except BAD_FILE as error:
+        raise refusal(f"{path}:1", error) from None
+    number = 0
+    for number, value in enumerate(read_array(file, path), start=1) if first == b"[" else read_lines(file, path):
+        yield number, value
+    if not number:
+        raise ValueError(f"{path}: has no record, expected JSON lines or a JSON array, got {head[:60]!r}")
+
+
+def read_records(paths: Sequence[Path]) -> Iterator[tuple[str, Record]]:
+    """("FILE:LINE", record) of every record, in the files' order. A terminal shows the progress."""
+    total = sum(path.stat().st_size for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:  # None: only on a terminal
+        for path in paths:
+            done = 0
+            with open(path, "rb") as packed:
+                for number, value in read_values(packed, path):
+                    where = f"{path}:{number}"
+                    try:
+                        record = parse_record(value)
+                    except ValueError as error:
+                        raise ValueError(f"{where}: {error}") from None
+                    yield where, record
+                    progress.update(packed.tell() - done)
+                    done = packed.tell()
+
+
+def refuse_folder(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected a file")
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames in a folder survive a power cut. Some network file systems cannot; that is no error."""
+    with suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
         try:
-            mark = (ARRAY_OPENING if index == 1 else ARRAY_SEPARATOR).match(buffer, at)
-            if not mark:
-                raise json.JSONDecodeError("Expecting ',' or ']'", buffer, at)
-            if mark[1] == "]":
-                break
-            value, end = decode(buffer, mark.end())
-        except json.JSONDecodeError as error:  # at the chunk's end the text is only cut; before it, malformed
-            cut = error.pos > len(buffer) - 64 or error.msg.startswith("Unterminated string")
-            more = text.read(CHUNK) if cut else ""
-            if not more:
-                raise ValueError(f"{path}:{index}: malformed JSON: {error.msg}") from None
-            buffer, at = buffer[at:] + more, 0
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write(files: dict[Path, list[bytes]]) -> None:
+    """Write one or two files of a folder so that afterwards all are new, or all are as they were.
+
+    1. Each is written under a temporary name and synced to disk. Nothing else changes until all of them are.
+    2. One file is renamed over the old one, which is atomic. With two files, the old ones are first renamed to
+       NAME.RANDOM.old, then the new ones get their names, and then the .old files are deleted.
+
+    An error or Ctrl-C puts the old files back. A kill or a power cut in step 2 can leave one or both names missing, but
+    never a new file beside an old one. train.py refuses a missing file, and the old content is in NAME.RANDOM.old. A
+    kill in step 1 leaves the old files untouched and .NAME.RANDOM.tmp beside them.
+    """
+    tag = os.urandom(4).hex()  # a fresh name, so files left by a killed process are not in the way
+    new = {path: path.with_name(f".{path.name}.{tag}.tmp") for path in files}
+    try:
+        for path, lines in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(new[path], "xb") as file:  # x: never follows a symbolic link
+                file.writelines(lines)
+                file.flush()
+                os.fsync(file.fileno())
+        for path in files:
+            refuse_folder(path)
+        if len(files) == 1:
+            [(path, temporary)] = new.items()
+            os.replace(temporary, path)
+            sync_folder(path.parent)
         else:
-            yield index, value
-            index, at = index + 1, end
-    if (buffer[mark.end() :] + text.read(CHUNK)).strip():
-        raise ValueError(f"{path}:{index}: malformed JSON: text after the array")
+            replace_together(new, {path: path.with_name(f"{path.name}.{tag}.old") for path in files})
+    finally:
+        for temporary in new.values():
+            temporary.unlink(missing_ok=True)
 
 
-def read_records(path: Path, progress: tqdm) -> Iterator[tuple[int, Any]]:
-    """(line number, value) for JSON lines, (index, value) for a JSON array; told apart by the first character."""
-    last = done = 0
-    with open(path, "rb") as packed, gzip.open(packed) if path.suffix == ".gz" else packed as file:
-        try:
-            is_array = file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-            for last, value in read_array(file, path) if is_array else read_lines(file, path):
-                yield last, value
-                progress.update(packed.tell() - done)
-                done = packed.tell()
-        except (UnicodeDecodeError, RecursionError, EOFError, OSError, zlib.error) as error:
-            raise ValueError(f"{path}:{last + 1}: unreadable: {error}") from None
-    if not last:
-        raise ValueError(f"{path}:1: empty, no record in it")
+def replace_together(new: dict[Path, Path], old: dict[Path, Path]) -> None:
+    """Step 2 of `write` for {path: its new file} and {path: where its old file waits}, all in one folder."""
+    folder = next(iter(new)).parent
+    try:
+        for path in new:
+            with suppress(FileNotFoundError):
+                os.replace(path, old[path])
+        sync_folder(folder)  # the old names must be gone from the disk before a new one appears
+        for path in new:
+            os.replace(new[path], path)
+        sync_folder(folder)
+    except BaseException:
+        for path in new:  # remove every new file before an old one returns
+            if not os.path.lexists(new[path]):
+                path.unlink(missing_ok=True)
+        for path in new:
+            with suppress(FileNotFoundError):
+                os.replace(old[path], path)
+        raise
+    for path in old.values():
+        path.unlink(missing_ok=True)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
-def write(files: dict[Path, list[bytes]]) -> None:
-    """All files whole under their names, or none: written beside them under other names, synced, then renamed."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    try:
-        for path, lines in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary[path], "xb") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in files:
-            os.replace(temporary[path], path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-
 def compare_rules(record: Record, counts: Counter[str]) -> None:
-    """Count where the two rules choose different answers, and the low-rated answers with a score of 10.
+    """Count the records where the two rules choose different answers, and the low-rated answers with a score of 10.
 
-    UltraFeedback wrote `overall_score = score if score > 1 else 10 * score`, so the worst answers, scored 1, read 10.
+    UltraFeedback wrote `overall_score = score if score > 1 else 10 * score`, so the worst answers, scored 1, got a 10.
     Its fix of 2023-12-29 sets a 10 back to 1 where the mean rating is at most 2.
     """
     tens = [completion for completion in record.completions if completion.overall_score == 10]
     counts["tens"] += len(tens)
     counts["low tens"] += sum(completion.rating is not None and completion.rating <= 2 for completion in tens)
     if len(record.completions) > 1 and all(c.overall_score is not None for c in record.completions):
-        choices = choose_by_ratings(record.completions), choose_by_overall_score(record.completions)
-        if not any(isinstance(choice, Drop) for choice in choices):
+        by_ratings, by_score = choose_by_ratings(record.completions), choose_by_overall_score(record.completions)
+        if not isinstance(by_ratings, Drop) and not isinstance(by_score, Drop):
             counts["compared"] += 1
-            counts["differ"] += choices[0][0].response != choices[1][0].response
+            counts["differ"] += by_ratings[0].response != by_score[0].response
 
 
-def read_pairs(args: argparse.Namespace) -> tuple[list[tuple[str, bytes]], Counter[str]]:
-    """All pairs as (prompt_id, line), sorted: a fixed shuffle, whatever the files' order; and all that was counted."""
-    pairs, counts = [], Counter()
-    total = sum(path.stat().st_size for path in args.raw)
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:  # None: only on a terminal
-        for path in args.raw:
-            for line, raw in read_records(path, progress):
-                try:
-                    record = parse_record(raw)
-                    pair = binarize(record, args.by, args.seed, args.system_prompt)
-                    if isinstance(pair, Drop):
-                        counts[pair] += 1
-                    else:
-                        pairs.append((pair["prompt_id"], (json.dumps(pair, ensure_ascii=False) + "\n").encode()))
-                except ValueError as error:
-                    raise ValueError(f"{path}:{line}: {error}") from None
-                compare_rules(record, counts)
-                counts["records"] += 1
+def read_pairs(
+    paths: Sequence[Path], by: str = "ratings", seed: int = 42, system_prompt: str | None = None
+) -> tuple[list[tuple[str, bytes]], Counter[str]]:
+    """All pairs as sorted (prompt_id, line), and the counts of `table`.
+
+    A prompt_id is a hash, so sorting by it shuffles the pairs, always in the same way whatever the order of the files.
+    """
+    pairs: list[tuple[str, bytes]] = []
+    counts: Counter[str] = Counter()
+    for where, record in read_records(paths):
+        try:
+            pair = binarize(record, by, seed, system_prompt)
+            if isinstance(pair, Drop):
+                counts[pair] += 1
+            else:
+                pairs.append((pair["prompt_id"], (json.dumps(pair, ensure_ascii=False) + "\n").encode()))
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, UTF-8 cannot
+            text = error.object[max(error.start - 20, 0) : error.end]
+            raise ValueError(
+                f"{where}: half of a surrogate pair at the end of {text!a}, expected Unicode text"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        compare_rules(record, counts)
+        counts["records"] += 1
     if not pairs:
         reasons = ", ".join(f"{counts[drop]} {drop}" for drop in Drop if counts[drop])
-        raise ValueError(f"{args.raw[0]}: no pair left of {counts['records']} records: {reasons}")
+        raise ValueError(f"{paths[0]}: no pair is left of {counts['records']} records: {reasons}")
+    counts["pairs"] = len(pairs)
+    counts["repeats"] = len(pairs) - len({prompt_id for prompt_id, _ in pairs})
     return sorted(pairs), counts
 
 
-def run(args: argparse.Namespace) -> str:
-    """The whole way; returns the closing table."""
-    outputs = [args.output, args.output.with_name(f"{args.output.stem}-test.jsonl")][: 2 if args.test_size else 1]
-    for path in args.raw:
+def check_paths(raw: Sequence[Path], outputs: Sequence[Path], overwrite: bool) -> None:
+    for path in raw:
+        refuse_folder(path)
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
     for path in outputs:
+        refuse_folder(path)
         if path.suffix != ".jsonl":
             raise ValueError(f"{path}: the output must be a .jsonl file")
-        if path.exists() and not args.overwrite:
+        if path.exists() and not overwrite:
             raise ValueError(f"{path}: exists; --overwrite replaces it")
-    paths = [path.resolve() for path in [*args.raw, *outputs]]
+    paths = [path.resolve() for path in [*raw, *outputs]]
     if twice := [path for path in paths if paths.count(path) > 1]:
         raise ValueError(f"{twice[0]}: given twice")
 
-    pairs, counts = read_pairs(args)
-    splits = dict(zip(outputs, split(pairs, args.test_size, args.seed), strict=False))
-    write(splits)
 
-    rows = [("records", counts["records"], 0)]  # name, count, and of how many
-    rows += [(f"  dropped: {drop}", counts[drop], counts["records"]) for drop in Drop]
-    rows += [("pairs", len(pairs), counts["records"])]
-    rows += [(f"  in {path}", len(lines), len(pairs)) for path, lines in splits.items()]
-    rows += [("  whose prompt repeats another's", len(pairs) - len({prompt_id for prompt_id, _ in pairs}), len(pairs))]
-    rows += [("records on which both rules choose", counts["compared"], counts["records"])]
+def binarize_files(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    by: str = "ratings",
+    seed: int = 42,
+    test_size: int = 0,
+    system_prompt: str | None = None,
+    overwrite: bool = False,
+) -> tuple[Counter[str], dict[Path, int]]:
+    """Make pairs of raw files and write them to `output`, with `test_size` of them in OUTPUT-test.jsonl instead.
+
+    Returns the counts, and the number of pairs in each file written. On any error the outputs are as they were.
+    """
+    raw, output = [Path(path) for path in paths], Path(output)
+    outputs = [output, output.with_name(f"{output.stem}-test.jsonl")][: 2 if test_size else 1]
+    if test_size < 0:
+        raise ValueError(f"--test-size is {test_size}, expected 0 or more")
+    check_paths(raw, outputs, overwrite)
+    pairs, counts = read_pairs(raw, by, seed, system_prompt)
+    splits = dict(zip(outputs, split(pairs, test_size, seed), strict=False))
+    write(splits)
+    return counts, {path: len(lines) for path, lines in splits.items()}
+
+
+def table(counts: Counter[str], written: dict[Path, int]) -> str:
+    """What `binarize_files` returns, as text: name, count and share."""
+    records, pairs = counts["records"], counts["pairs"]
+    rows = [("records", records, 0)]  # name, count, and the count that it is a share of
+    rows += [(f"  dropped: {drop}", counts[drop], records) for drop in Drop]
+    rows += [("pairs", pairs, records)]
+    rows += [(f"  in {path}", count, pairs) for path, count in written.items()]
+    rows += [("  whose prompt repeats another's", counts["repeats"], pairs)]
+    rows += [("records on which both rules choose", counts["compared"], records)]
     rows += [("  their chosen answers differ", counts["differ"], counts["compared"])]
     rows += [("completions with overall_score 10", counts["tens"], 0)]
     rows += [("  whose mean rating is at most 2", counts["low tens"], counts["tens"])]
@@ -343,28 +550,32 @@ def run(args: argparse.Namespace) -> str:
     return "\n".join(f"{name:<{width}} {n:>9,}" + (f" {n / of:>7.1%}" if of else "") for name, n, of in rows)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="binarize.py",
         description="Turn raw UltraFeedback records into preference pairs for DPO.",
         epilog="example: python binarize.py ultrafeedback/*.jsonl --output pairs.jsonl --test-size 2000 --seed 42",
     )
     add = parser.add_argument
-    add("raw", nargs="+", type=Path, metavar="RAW", help="raw UltraFeedback: .jsonl, or a .json array; also .gz")
-    add("--output", required=True, type=Path, metavar="FILE", help="the pairs, .jsonl")
-    add("--by", choices=RULES, default="ratings", help="Notus's rule (the default) or Zephyr's")
+    add("raw", nargs="+", type=Path, metavar="RAW", help="raw UltraFeedback: JSON lines or a JSON array; gzip is fine")
+    add("--output", required=True, type=Path, metavar="FILE", help="where the pairs go, a .jsonl file")
+    add("--by", choices=RULES, default="ratings", help="Notus's rule (ratings, the default) or Zephyr's")
     add("--seed", type=int, default=42, metavar="S", help="draws rejected answers and held-out prompts (default: 42)")
-    add("--test-size", type=int, default=0, metavar="N", help="hold out N pairs, in FILE-test.jsonl (default: 0)")
-    add("--system-prompt", metavar="TEXT", help="begin every conversation with this system turn; '' makes an empty one")
-    add("--overwrite", action="store_true", help="replace an output that exists")
+    add("--test-size", type=int, default=0, metavar="N", help="hold out N pairs in FILE-test.jsonl (default: 0)")
+    add("--system-prompt", metavar="TEXT", help="start every conversation with this system turn; '' makes an empty one")
+    add("--overwrite", action="store_true", help="replace outputs that exist")
     args = parser.parse_args(argv)
-    if args.test_size < 0:
-        parser.error(f"--test-size is {args.test_size}, expected 0 or more")
     try:
-        print(run(args))
+        counts, written = binarize_files(
+            args.raw, args.output, args.by, args.seed, args.test_size, args.system_prompt, args.overwrite
+        )
+        print(table(counts, written))
     except (ValueError, OSError) as error:
         print(f"binarize.py: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("binarize.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -1,11 +1,13 @@
-"""Laws of binarize.py: the rules, independence of the files' layout, and errors that leave nothing behind."""
+"""Laws of binarize.py: the rules, one output for all layouts of the files, and errors that leave nothing behind."""
 
+import codecs
 import gzip
 import hashlib
-import io
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import binarize as script  # noqa: E402
-from binarize import Drop, binarize, main, mean_rating, parse_record  # noqa: E402
+from binarize import Drop, binarize, binarize_files, main, mean_rating, parse_record, read_pairs  # noqa: E402
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 
@@ -106,6 +108,46 @@ def test_absent_ratings_are_left_out_of_the_mean(annotations, mean):
     assert mean_rating({"annotations": annotations}) == mean
     if annotations is None:
         assert mean_rating({}) is None
+
+
+@pytest.mark.parametrize("rating", [1, 5, 4.0, 2.5, "1", "5", "2.5", "4.0", "4/5"])
+def test_ratings_that_are_read(rating):
+    value = float(str(rating).removesuffix("/5"))
+    assert mean_rating({"annotations": {"honesty": {"Rating": rating}}}) == value
+
+
+@pytest.mark.parametrize(
+    "rating",
+    [
+        *("77", "0", "6", "5.1", "0.9", "-3", "+4", "1_0", "4/0", "4/10", "4/5/5", "/5", "4/", "1e0", "nan", "inf"),
+        *("0x4", "04", "4.", ".5", "٤", "4,5", "", "n/a", "good"),
+    ],
+)
+def test_ratings_that_are_refused(rating):
+    """Above all what float() would take: signs, exponents, underscores, spaces, and digits of other scripts."""
+    for text in (rating, f" {rating}", f"{rating}\n", f"{rating}\0"):
+        with pytest.raises(ValueError, match=r'^honesty rating is ".*, expected a number from 1 to 5, or "N/A"$'):
+            mean_rating({"annotations": {"honesty": {"Rating": text}}})
+
+
+@pytest.mark.parametrize("value", [0, 6, -3, 0.99, 10**400, float("nan"), float("inf"), True, False, [4], {"a": 4}])
+def test_json_ratings_that_are_refused(value):
+    with pytest.raises(ValueError, match=r"honesty rating is .*, expected a number from 1 to 5"):
+        mean_rating({"annotations": {"honesty": {"Rating": value}}})
+
+
+@pytest.mark.parametrize(
+    "score", [1, 10, 7.5, "1", "10", "7.5", "8/10", "7.5/10", None, "N/A", 0, -1, 11, "-1", "8/1", "8/"]
+)
+def test_overall_scores(score):
+    """A score up to 10, also as "8/10", is read. null and "N/A" are no score."""
+    raw = record("x", completion("a", "5") | {"overall_score": score})
+    if score in (-1, 11, "-1", "8/1", "8/"):
+        with pytest.raises(ValueError, match=r"completion 1: overall_score is .*, expected a number from 0 to 10"):
+            parse_record(raw)
+    else:
+        read = parse_record(raw).completions[0].overall_score
+        assert read == (None if score in (None, "N/A") else float(str(score).removesuffix("/10")))
 
 
 def test_rejected_is_strictly_lower_and_chosen_the_first_of_the_best():
@@ -231,24 +273,60 @@ def test_output_is_exactly_the_documented_form(tmp_path):
 
 
 @pytest.mark.parametrize("by", ["ratings", "overall-score"])
-def test_layout_of_the_input_changes_no_byte(tmp_path, by, monkeypatch):
-    """Shuffled; in three files in another order; packed; as a JSON array, on one line and indented, in small chunks."""
+def test_layout_of_the_input_changes_no_byte(tmp_path, by):
+    """Shuffled, in three files in another order, packed, as an array, under names that say something else."""
     records = random_records(200)
     shuffled = random.Random(1).sample(records, len(records))
     thirds = [write_lines(tmp_path / f"{i}.jsonl{'.gz' * (i == 1)}", shuffled[i::3]) for i in range(3)]
-    one_line, indented = tmp_path / "a.json", tmp_path / "b.json"
-    one_line.write_text(json.dumps(shuffled))
-    indented.write_text("\ufeff\n" + json.dumps(records, indent=4, ensure_ascii=False) + "\n", encoding="utf-8")
-    packed = tmp_path / "c.json.gz"
-    packed.write_bytes(gzip.compress(one_line.read_bytes()))
-    layouts = [[write_lines(tmp_path / "all.jsonl", records)], thirds, thirds[::-1], [one_line], [indented], [packed]]
-    monkeypatch.setattr(script, "CHUNK", 97)
+    lines = write_lines(tmp_path / "all.jsonl", records)
+    layouts = [[lines], thirds, thirds[::-1]]
+
+    def layout(name, content):
+        (tmp_path / name).write_bytes(content)
+        layouts.append([tmp_path / name])
+
+    one_line, indented = json.dumps(shuffled).encode(), json.dumps(records, indent=4, ensure_ascii=False).encode()
+    layout("array.json", one_line)
+    layout("array.jsonl", b" " * 100 + b"\n" * 100 + indented + b"\n")
+    layout("array.json.gz", gzip.compress(one_line))
+    layout("packed.jsonl", gzip.compress(lines.read_bytes()))
+    layout("packed-twice.gz", gzip.compress(lines.read_bytes()[:9000]) + gzip.compress(lines.read_bytes()[9000:]))
+    layout("not-packed.jsonl.gz", lines.read_bytes())
+    layout("lines.json", b"\n\n" + lines.read_bytes().replace(b"\n", b"\r\n\r\n"))
+    layout("marked.jsonl", codecs.BOM_UTF8 + lines.read_bytes())
+    layout("marked.json", codecs.BOM_UTF8 + b"\r\n" + indented)
+    layout("marked.json.gz", gzip.compress(codecs.BOM_UTF8 + one_line))
     written = set()
     for number, raw in enumerate(layouts):
         output = tmp_path / f"out{number}.jsonl"
-        assert run(*raw, "--output", output, "--test-size", 20, "--by", by) == 0
+        assert run(*raw, "--output", output, "--test-size", 20, "--by", by) == 0, raw
         written.add((output.read_bytes(), (tmp_path / f"out{number}-test.jsonl").read_bytes()))
     assert len(written) == 1
+
+
+def test_output_has_not_changed(tmp_path):
+    """Digests of what the first version of this file wrote for these records."""
+    raw, output = write_lines(tmp_path / "raw.jsonl", random_records(200)), tmp_path / "pairs.jsonl"
+    digests = []
+    for by in ("ratings", "overall-score"):
+        assert run(raw, "--output", output, "--test-size", 20, "--by", by, "--overwrite") == 0
+        digests += [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in sorted(tmp_path.glob("pairs*"))]
+    assert digests == ["a51bca191190fec0", "d173422620c4c0e8", "fa8efda03dc2cb31", "b53e0124c021a836"]
+
+
+def test_from_python_with_plain_arguments(tmp_path, capsys):
+    raw, output = write_lines(tmp_path / "raw.jsonl", random_records(50)), tmp_path / "pairs.jsonl"
+    pairs, counts = read_pairs([raw], by="overall-score", seed=3, system_prompt="Be brief.")
+    assert pairs == sorted(pairs) and len(pairs) == counts["pairs"] > 40
+    assert binarize_files([str(raw)], str(output), by="overall-score", seed=3, system_prompt="Be brief.") == (
+        counts,
+        {output: len(pairs)},
+    )
+    assert output.read_bytes() == b"".join(line for _, line in pairs)
+    for wrong, message in (({"by": "critique"}, "by is 'critique'"), ({"test_size": -1}, "--test-size is -1")):
+        with pytest.raises(ValueError, match=message):
+            binarize_files([raw], tmp_path / "no.jsonl", **wrong)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_pair_does_not_depend_on_other_records(tmp_path):
@@ -293,84 +371,149 @@ def damaged_completion(**changes):
     return damaged(completions=[first, second])
 
 
-BAD = {  # name: (text of the file, what the message holds after the path)
-    "malformed": (f'{GOOD}\n\n{{"source": "flan",\n{GOOD}\n', ":3: malformed JSON"),
-    "malformed array": (f"[{GOOD}, {GOOD},\n{{'source': 1}}, {GOOD}]", ":3: malformed JSON"),
+DEEP = "[" * 100_000 + "]" * 100_000
+DEEP_BUT_READ = "[" * 900 + "]" * 900
+LONG = "9" * 5000
+LINES, ARRAY = "expected one JSON object a line, got ", "expected one JSON array of objects, got "
+
+BAD = {  # name: (content of the file, what the message holds after the path)
+    "malformed": (f'{GOOD}\n\n{{"source": "flan",\n{GOOD}\n', ":3: malformed JSON: Expecting property name"),
+    "shows the line": (f"{GOOD}\n{{'source': 1}}", ":2: malformed JSON", ": column 2; " + LINES + "\"{'source': 1}\""),
+    "an object over several lines": (json.dumps(json.loads(GOOD), indent=1), ":1: malformed JSON", LINES + "'{\\n'"),
+    "malformed array": (f"[{GOOD}, {GOOD},\n{{'source': 1}}, {GOOD}]", ":3: malformed JSON", "line 2 column 2"),
+    "shows the element": (f"[{GOOD},\n{{source: 1}}, {GOOD}]", ":2: malformed JSON", ARRAY + "'{source: 1}, {"),
     "cut array": (f"[{GOOD}, {GOOD[:50]}", ":2: malformed JSON"),
-    "array without comma": (f"[{GOOD} {GOOD}]", ":2: malformed JSON"),
-    "array with a tail": (f"[{GOOD}]\n[]", ":2: malformed JSON: text after the array"),
-    "not UTF-8": (GOOD.encode() + b'\n{"source": "\xff"}', ":2: malformed JSON"),
-    "array not UTF-8": (b'[{"source": "\xff"}]', ":1: unreadable"),
-    "empty": ("", ":1: empty"),
-    "blank": ("\n \n", ":1: empty"),
-    "empty array": ("[ ]\n", ":1: empty"),
-    "no object": (f"{GOOD}\n17\n", ":2: 17 is no JSON object"),
-    "an array a line": (f"{GOOD}\n[1]\n", ":2: [1] is no JSON object"),
+    "array cut after a comma": (f"[{GOOD}, ", ":2: malformed JSON"),
+    "array cut after its bracket": ("[", ":1: malformed JSON"),
+    "array without comma": (f"[{GOOD} {GOOD}]", ":2: malformed JSON: Expecting ',' delimiter"),
+    "array with a tail": (f"[{GOOD}]\n[]", ":2: malformed JSON: Extra data: line 2 column 1"),
+    "an array a line": (f"[{GOOD}]\n[{GOOD}]\n", ":2: malformed JSON: Extra data"),
+    "deep line": (f'{GOOD}\n{{"x": {DEEP}}}\n', ":2: malformed JSON: nested too deeply; " + LINES + '\'{"x": [[['),
+    "deep array": (f"[{GOOD}, {DEEP}]", ":2: malformed JSON: nested too deeply; " + ARRAY + "'[[["),
+    "deep value": (damaged(completions=DEEP_BUT_READ).replace(f'"{DEEP_BUT_READ}"', f"[{DEEP_BUT_READ}]"), "[[["),
+    "deep annotation": (
+        damaged_completion(annotations=1).replace('"annotations": 1', f'"annotations": {DEEP_BUT_READ}'),
+        ':1: completion 2: "annotations" is [[[[[',
+    ),
+    "long integer": (f'{GOOD}\n{{"x": {LONG}}}\n', ":2: malformed JSON: an integer has more than 4300 digits", LINES),
+    "long integer in an array": (f"[{LONG}]", ":1: malformed JSON: an integer has more than 4300 digits", ARRAY),
+    "long integer in an element": (f'[{GOOD}, {GOOD}, {{"x": {LONG}}}]', ":3: malformed JSON: an integer has more"),
+    "not UTF-8": (GOOD.encode() + b'\n{"source": "\xff"}', ":2: malformed JSON: byte 0xff is not UTF-8", LINES),
+    "array not UTF-8": (f"[{GOOD}, ".encode() + b'{"source": "\xff"}]', ":2: malformed JSON: byte 0xff is not UTF-8"),
+    "a key twice": (
+        f'{GOOD}\n{{"x": {{"a": 1, "b": 2, "a": 1}}}}',
+        ':2: malformed JSON: the key "a" is there twice',
+        LINES,
+    ),
+    "a key twice in an array": (f'[{GOOD}, {GOOD[:-1]}, "source": "x"}}]', ':2: malformed JSON: the key "source" is'),
+    "encoded surrogate": (b'{"source": "\xed\xa0\x80"}', ":1: malformed JSON: byte 0xed is not UTF-8"),
+    "a mark within": (f"{GOOD}\n\ufeff{GOOD}", ":2: malformed JSON: Unexpected UTF-8 BOM"),
+    "UTF-16": (GOOD.encode("utf-16"), ": looks like UTF-16 or UTF-32, expected UTF-8"),
+    "UTF-16 without a mark": (GOOD.encode("utf-16-le"), ": looks like UTF-16"),
+    "UTF-16, big end first": (f" {GOOD}".encode("utf-16-be"), ": looks like UTF-16"),
+    "UTF-32": (f"[{GOOD}]".encode("utf-32"), ": looks like UTF-16 or UTF-32"),
+    "packed UTF-16": (gzip.compress(GOOD.encode("utf-16")), ": looks like UTF-16"),
+    "zeros": (bytes(4096), ":1: malformed JSON"),
+    "parquet": (
+        b"PAR1\x15\x04\x15\x06",
+        ": is a parquet file, expected JSON",
+        "python -c 'import sys, pandas; pandas.read_parquet(",
+        "raw.jsonl",
+    ),
+    "git-lfs pointer": (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 9\n",
+        ": is a git-lfs pointer, expected the data",
+        "git lfs pull",
+    ),
+    "cut gzip": (gzip.compress(f"{GOOD}\n".encode() * 3)[:-9], ":4: cannot be read: Compressed file ended before"),
+    "cut gzip of an array": (gzip.compress(f"[{GOOD}, {GOOD}]".encode())[:-9], ":3: cannot be read: Compressed file"),
+    "cut gzip header": (b"\x1f\x8b\x08", ":1: cannot be read: Compressed file ended", "copy or download it again"),
+    "gzip of a wrong checksum": (gzip.compress(GOOD.encode())[:-8] + bytes(8), ":1: cannot be read: CRC check failed"),
+    "damaged gzip": (gzip.compress(GOOD.encode())[:12] + b"\xff" * 90, ":1: cannot be read: Error -3"),
+    "empty": ("", ": has no record, expected JSON lines or a JSON array, got b''"),
+    "blank": ("\n \n", ": has no record, expected JSON lines or a JSON array, got b'\\n \\n'"),
+    "empty array": ("[ ]\n", ": has no record"),
+    "packed empty": (gzip.compress(b""), ": has no record"),
+    "no object": (f"{GOOD}\n17\n", ':2: 17 is not a JSON object, expected one with the field "completions"'),
+    "an array as a line": (f"{GOOD}\n[1]\n", ":2: [1] is not a JSON object"),
     "binarized": (
         '{"chosen": [], "rejected": [], "score_chosen": 1.0}',
-        ":1: already binarized (it has chosen, rejected)",
+        ":1: already binarized (it has chosen, rejected), expected a raw record",
     ),
     "binarized by Argilla": ('{"chosen_response": "a", "rejected_response": "b"}', ":1: already binarized"),
-    "no completions": (damaged(completions="absent"), ':1: no field "completions"'),
-    "no instruction": (f"{GOOD}\n{damaged(instruction='absent')}", ':2: no field "instruction"'),
+    "no completions": (
+        damaged(completions="absent"),
+        ':1: no field "completions", expected a list, in {"source": "flan", "instruction": "x"}',
+    ),
+    "no instruction": (
+        f"{GOOD}\n{damaged(instruction='absent')}",
+        ':2: no field "instruction", expected a string, in {',
+    ),
     "no source": (damaged(source="absent"), ':1: no field "source"'),
-    "instruction of a wrong type": (damaged(instruction=["x"]), ":1: \"instruction\" is ['x'], expected a string"),
-    "null source": (damaged(source=None), ':1: "source" is None, expected a string'),
-    "completions of a wrong type": (damaged(completions={"a": 1}), ":1: \"completions\" is {'a': 1}, expected a list"),
-    "completion of a wrong type": (damaged(completions=["a"]), ":1: completion 1: 'a' is no JSON object"),
+    "instruction of a wrong type": (damaged(instruction=["x"]), ':1: "instruction" is ["x"], expected a string'),
+    "a long value": (damaged(instruction=["é" * 90]), f':1: "instruction" is ["{"é" * 55}..., expected a string'),
+    "null source": (damaged(source=None), ':1: "source" is null, expected a string'),
+    "completions of a wrong type": (damaged(completions={"a": 1}), ':1: "completions" is {"a": 1}, expected a list'),
+    "completion of a wrong type": (damaged(completions=["a"]), ':1: completion 1: "a" is not a JSON object'),
     "no response": (damaged_completion(response="absent"), ':1: completion 2: no field "response"'),
-    "null response": (damaged_completion(response=None), ':1: completion 2: "response" is None'),
+    "null response": (damaged_completion(response=None), ':1: completion 2: "response" is null'),
     "no model": (damaged_completion(model="absent"), ':1: completion 2: no field "model"'),
-    "annotations of a wrong type": (damaged_completion(annotations=[1]), ':1: completion 2: "annotations" is [1]'),
+    "annotations of a wrong type": (
+        damaged_completion(annotations=[]),
+        ':1: completion 2: "annotations" is [], expected an object',
+    ),
     "annotation of a wrong type": (
         damaged_completion(annotations={"honesty": "4"}),
-        ":1: completion 2: annotation \"honesty\" is '4'",
+        ':1: completion 2: annotation "honesty" is "4", expected an object',
     ),
-    "rating in words": (
-        damaged_completion(annotations={"honesty": {"Rating": "good"}}),
-        ":1: completion 2: honesty rating is 'good', expected a number",
+    "empty annotation of a wrong type": (
+        damaged_completion(annotations={"honesty": 0}),
+        ':1: completion 2: annotation "honesty" is 0, expected an object',
     ),
-    "boolean rating": (damaged_completion(annotations={"honesty": {"Rating": True}}), "honesty rating is True"),
-    "rating not finite": (damaged_completion(annotations={"honesty": {"Rating": "nan"}}), "honesty rating is 'nan'"),
-    "rating too large": (damaged_completion(annotations={"honesty": {"Rating": 10**400}}), "honesty rating is 1000"),
-    "score in words": (damaged_completion(overall_score="ten"), ":1: completion 2: overall_score is 'ten'"),
-    "lone surrogate": (damaged(instruction="\ud83d"), ":1: 'utf-8' codec can't encode character '\\ud83d'"),
+    "annotation by two": (
+        damaged_completion(annotations={"honesty": [{"Rating": "4"}, {"Rating": "2"}]}),
+        ':1: completion 2: annotation "honesty" is [{"Rating": "4"}, {"Rating": "2"}], expected an object',
+    ),
+    "rating outside": (
+        f"{GOOD}\n{damaged_completion(annotations={'honesty': {'Rating': '77'}})}",
+        ':2: completion 2: honesty rating is "77", expected a number from 1 to 5, or "N/A"',
+    ),
+    "rating in an array outside": (
+        f"[{GOOD}, {damaged_completion(annotations={'honesty': [{'Rating': 0}]})}]",
+        ":2: completion 2: honesty rating is 0, expected a number from 1 to 5",
+    ),
+    "score outside": (
+        damaged_completion(overall_score=10.5),
+        ":1: completion 2: overall_score is 10.5, expected a number from 0 to 10",
+    ),
+    "lone surrogate": (damaged(instruction="so \ud83d"), ":1: half of a surrogate pair at the end of 'so \\ud83d'"),
+    "lone surrogate in a name": (damaged(source="\ud83d"), ":1: half of a surrogate pair at the end of"),
     "no pair": (
         json.dumps(record("x", completion("a", "5"), completion("b", "5"))),
-        ": no pair left of 1 records: 1 all",
+        ": no pair is left of 1 records: 1 all tied",
     ),
 }
 
 
 def fails(capsys, tmp_path, message, *arguments):
-    """Exit code 2, one line on stderr, nothing on stdout, and no file that was not there before."""
+    """Exit code 2, one line on stderr, nothing on stdout, and no file was made or changed."""
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert run(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("binarize.py: error: ") and captured.err.count("\n") == 1 and not captured.out
-    assert message in captured.err, captured.err
+    for part in [message] if isinstance(message, str) else message:
+        assert part in captured.err, captured.err
+    assert len(captured.err) < 800
     assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_file(name, tmp_path, capsys):
-    text, message = BAD[name]
+    content, message, *more = BAD[name]
     raw = tmp_path / "raw.jsonl"
-    raw.write_bytes(text if isinstance(text, bytes) else text.encode())
+    raw.write_bytes(content if isinstance(content, bytes) else content.encode())
     message = f"{raw}{message}" if message.startswith(":") else message
-    fails(capsys, tmp_path, message, raw, "--output", tmp_path / "pairs.jsonl", "--test-size", 0)
-
-
-def test_malformed_array_is_given_up_where_it_goes_wrong(monkeypatch):
-    class Open(io.BytesIO):
-        def close(self):
-            """Outlives its reader, to be asked how far that came."""
-
-    monkeypatch.setattr(script, "CHUNK", 97)
-    file = Open(f"[{GOOD}, {{'source': 1}}, {', '.join([GOOD] * 5000)}]".encode())
-    with pytest.raises(ValueError, match=r"raw\.json:2: malformed JSON"):
-        list(script.read_array(file, Path("raw.json")))
-    assert file.tell() < 50_000 < len(file.getvalue())
+    fails(capsys, tmp_path, (message, *more), raw, "--output", tmp_path / "pairs.jsonl")
 
 
 def test_bad_record_in_a_later_file_leaves_nothing(tmp_path, capsys):
@@ -383,23 +526,31 @@ def test_overall_score_rule_needs_every_score(tmp_path, capsys):
     raw = tmp_path / "raw.jsonl"
     raw.write_text(f"{GOOD}\n{damaged_completion(overall_score='absent')}\n")
     output = ("--output", tmp_path / "pairs.jsonl")
-    fails(capsys, tmp_path, f"{raw}:2: a completion has no overall_score", raw, *output, "--by", "overall-score")
+    message = f"{raw}:2: completion 2: overall_score is missing or N/A, expected a number from 1 to 10"
+    fails(capsys, tmp_path, message, raw, *output, "--by", "overall-score")
     assert run(raw, *output) == 0
+
+
+def test_torn_gzip_names_the_line_where_it_ends(tmp_path, capsys):
+    raw = tmp_path / "raw.jsonl.gz"
+    raw.write_bytes(gzip.compress("".join(json.dumps(one) + "\n" for one in random_records(500)).encode())[:-5000])
+    assert run(raw, "--output", tmp_path / "pairs.jsonl") == 2
+    line = int(re.search(r"gz:(\d+): cannot be read", capsys.readouterr().err)[1])
+    assert 100 < line < 500
 
 
 def test_bad_paths(tmp_path, capsys):
     raw, output = write_lines(tmp_path / "raw.jsonl", random_records(20)), tmp_path / "pairs.jsonl"
-    packed = tmp_path / "cut.jsonl.gz"
-    packed.write_bytes(gzip.compress(GOOD.encode() * 100)[:-20])
-    not_packed = write_lines(tmp_path / "plain.jsonl", random_records(2)).rename(tmp_path / "plain.jsonl.gz")
+    folder = tmp_path / "folder.jsonl"
+    folder.mkdir()
     fails(capsys, tmp_path, "none.jsonl: no such file", raw, tmp_path / "none.jsonl", "--output", output)
-    fails(capsys, tmp_path, f"{tmp_path}: no such file", tmp_path, "--output", output)
-    fails(capsys, tmp_path, f"{packed}:1: unreadable", packed, "--output", output)
-    fails(capsys, tmp_path, f"{not_packed}:1: unreadable", not_packed, "--output", output)
+    fails(capsys, tmp_path, f"{tmp_path}: is a folder, expected a file", tmp_path, "--output", output)
+    fails(capsys, tmp_path, f"{folder}: is a folder, expected a file", raw, "--output", folder, "--overwrite")
     fails(capsys, tmp_path, "raw.jsonl: given twice", raw, raw, "--output", output)
     fails(capsys, tmp_path, "raw.jsonl: given twice", raw, "--output", raw, "--overwrite")
     fails(capsys, tmp_path, "must be a .jsonl file", raw, "--output", tmp_path / "pairs.parquet")
     fails(capsys, tmp_path, "--test-size 20 cannot be held out", raw, "--output", output, "--test-size", 20)
+    fails(capsys, tmp_path, "--test-size is -1, expected 0 or more", raw, "--output", output, "--test-size", -1)
 
 
 def test_the_output_folder_is_made(tmp_path):
@@ -419,20 +570,116 @@ def test_existing_outputs_are_kept_unless_told_otherwise(tmp_path, capsys):
     fails(capsys, tmp_path, f"{output}: exists; --overwrite", raw, "--output", output)
 
 
-def test_a_failing_disk_leaves_the_old_outputs_whole(tmp_path, capsys, monkeypatch):
-    raw, output = write_lines(tmp_path / "raw.jsonl", random_records(20)), tmp_path / "pairs.jsonl"
-    assert run(raw, "--output", output) == 0
-    capsys.readouterr()
+# ---- writing ----
 
-    def full(_):
-        raise OSError(28, "No space left on device")
+NAMES = ("pairs.jsonl", "pairs-test.jsonl")
+STATES = [set(), {NAMES[0]}, {NAMES[1]}, set(NAMES)]  # the outputs that are there before
 
-    monkeypatch.setattr(script.os, "fsync", full)
-    fails(capsys, tmp_path, "No space left on device", raw, "--output", output, "--overwrite", "--seed", 7)
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if path.name != "raw.jsonl"}
+
+
+def old_outputs(folder, names):
+    for name in names:
+        (folder / name).write_text(f"old {name}")
+    write_lines(folder / "raw.jsonl", random_records(20))
+    return [folder / "raw.jsonl", "--output", folder / NAMES[0], "--overwrite"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("test_size", [0, 3])
+@pytest.mark.parametrize("names", STATES)
+def test_a_failure_at_any_step_of_writing(tmp_path, monkeypatch, names, test_size, function, error):
+    """The n-th call of os.fsync or os.replace fails, for every n. All outputs are as before or all are new."""
+    real, calls, codes = getattr(os, function), [], []
+    for n in range(1, 9):
+        arguments, before = old_outputs(tmp_path, names), contents(tmp_path)
+        calls.clear()
+
+        def fail(*args, n=n):
+            calls.append(args)
+            if len(calls) == n:
+                raise error
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(script.os, function, fail)
+            codes.append(run(*arguments, "--test-size", test_size))
+        left = contents(tmp_path)
+        if codes[-1]:
+            assert codes[-1] == (130 if isinstance(error, KeyboardInterrupt) else 2)
+        if left != before:
+            assert left.keys() == names | set(NAMES[: 2 if test_size else 1])
+            assert all(left[name].startswith("{") for name in NAMES[: 2 if test_size else 1])
+            assert codes[-1] == 0 or not test_size  # Ctrl-C after the only rename comes too late
+            for path in tmp_path.glob("pairs*"):
+                path.unlink()
+    assert len(calls) < n and codes[-1] == 0 and any(codes)
+
+
+@pytest.mark.parametrize("names", STATES)
+def test_a_kill_never_leaves_a_new_file_beside_an_old_one(tmp_path, names):
+    """The process ends before its n-th rename. What is left is old, or new, or missing, and nothing old is lost."""
+    code = "import os, sys; sys.path.insert(0, sys.argv.pop(1)); kill = int(sys.argv.pop(1)); calls = []\n"
+    code += "real = os.replace\ndef replace(*a):\n calls.append(a)\n if len(calls) == kill: os._exit(9)\n real(*a)\n"
+    code += "os.replace = replace; import binarize; sys.exit(binarize.main())"
+    for kill in range(1, 6):
+        folder = tmp_path / str(kill)
+        folder.mkdir()
+        arguments = [*old_outputs(folder, names), "--test-size", 3]
+        done = subprocess.run([sys.executable, "-c", code, *map(str, [ROOT, kill, *arguments])], capture_output=True)
+        left = contents(folder)
+        state = {name: left[name][:3] for name in NAMES if name in left}
+        assert len(set(state.values())) <= 1, state
+        if done.returncode == 9:
+            assert {f"old {name}" for name in names} <= set(left.values())
+    assert done.returncode == 0 and left.keys() == set(NAMES) and len(state) == 2  # four renames, all done
+
+
+def test_the_second_output_cannot_be_replaced(tmp_path, capsys):
+    arguments = old_outputs(tmp_path, {NAMES[0]})
+    (tmp_path / NAMES[1]).mkdir()
+    fails(capsys, tmp_path, f"{tmp_path / NAMES[1]}: is a folder", *arguments, "--test-size", 3)
+
+
+def test_a_folder_that_appears_meanwhile_is_found_before_the_first_rename(tmp_path, capsys, monkeypatch):
+    arguments, real = old_outputs(tmp_path, {NAMES[0]}), os.fsync
+    monkeypatch.setattr(script.os, "fsync", lambda file: ((tmp_path / NAMES[1]).mkdir(exist_ok=True), real(file)))
+    monkeypatch.setattr(script.os, "replace", None)
+    fails(capsys, tmp_path, f"{tmp_path / NAMES[1]}: is a folder", *arguments, "--test-size", 3)
+
+
+def test_a_planted_symbolic_link_is_not_followed(tmp_path, capsys, monkeypatch):
+    arguments, victim = old_outputs(tmp_path, ()), tmp_path / "victim"
+    victim.write_text("kept")
+    monkeypatch.setattr(script.os, "urandom", bytes)
+    (tmp_path / f".{NAMES[0]}.00000000.tmp").symlink_to(victim)
+    assert run(*arguments) == 2
+    assert "File exists" in capsys.readouterr().err and victim.read_text() == "kept"
+
+
+def test_what_a_killed_process_left_is_not_in_the_way(tmp_path, monkeypatch):
+    arguments = old_outputs(tmp_path, ())
+    monkeypatch.setattr(script.os, "getpid", lambda: 7)  # as in a container, where the next process has the same id
+    (tmp_path / f".{NAMES[0]}.7.tmp").write_text("left")
+    assert run(*arguments) == 0
+
+
+def test_ctrl_c_prints_one_line_and_leaves_nothing(tmp_path):
+    """A real SIGINT, while records are read."""
+    arguments = old_outputs(tmp_path, ())
+    code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import binarize; real = binarize.parse_record\n"
+    code += f"def parse(raw):\n os.kill(os.getpid(), {int(signal.SIGINT)})\n return real(raw)\n"
+    code += "binarize.parse_record = parse; sys.exit(binarize.main())"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "binarize.py: interrupted\n")
+    assert contents(tmp_path) == {}
 
 
 def test_bad_arguments_exit_with_2(tmp_path):
-    for wrong in (["--test-size", -1], ["--by", "critique"], ["--seed", "x"]):
+    for wrong in (["--test-size", "x"], ["--by", "critique"], ["--seed", "x"]):
         with pytest.raises(SystemExit, match="2"):
             run(tmp_path / "raw.jsonl", "--output", tmp_path / "pairs.jsonl", *wrong)
 
