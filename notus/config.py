@@ -8,19 +8,24 @@ Every setting is checked here, before any weight is read. An unknown name, a wro
 values that contradict each other is a ValueError that says where the value was written. A file can build on another
 one: `extends = "other.toml"`, relative to the file that says so. `to_toml` prints the settings that a run used.
 Names are TRL's where the idea is the same. Model dimensions are not settings; they are in the checkpoint's config.json.
-This file imports only the standard library, so that a typo is refused at once.
+This file and files.py import only the standard library, so that a typo is refused at once.
 """
 
+import argparse
 import json
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+from notus.files import read_text, sentence
+
+MAX_GPUS = 100_000  # to plan for
 CONFIGS = Path(__file__).parent.parent / "configs"  # the shipped files, from any working directory
 
 
@@ -143,6 +148,44 @@ def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
     return path, overrides
 
 
+class CommandLine(NamedTuple):
+    """What train.py was asked to do."""
+
+    config: Config
+    fresh: bool
+    print_config: bool
+    dry_run: bool
+    gpus: int | None
+
+
+def command_line(argv: Sequence[str], description: str | None, early: bool = False) -> CommandLine:
+    """train.py's arguments, with its settings read and checked. ValueError for bad input; with `early`, when nobody
+    would catch it, the error is printed and the process ends with exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=description, epilog=help_text(), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("config", nargs="?", help="a TOML file (default: configs/demo.toml)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
+    parser.add_argument("--fresh", action="store_true", help="move what is in train.output_dir aside and start again")
+    parser.add_argument("--print-config", action="store_true", help="print all settings as TOML and stop")
+    parser.add_argument("--dry-run", action="store_true", help="check data and tokenizer, print the cost, and stop")
+    parser.add_argument("--gpus", type=int, metavar="N", help="for --dry-run: GPUs to plan for (torchrun's, else 8)")
+    arguments, extra = parser.parse_known_args(argv)
+    given = {arguments.config, *arguments.overrides, *extra}
+    try:
+        if arguments.gpus is not None and not 1 <= arguments.gpus <= MAX_GPUS:
+            raise ValueError(f"command line: --gpus {arguments.gpus}: must be from 1 to {MAX_GPUS:,}")
+        path, overrides = split_words([word for word in argv if word in given])  # in their order: the last one wins
+        config = load(path or CONFIGS / "demo.toml", overrides)
+    except ValueError as error:
+        if not early:
+            raise
+        print(f"train.py: error: {sentence(error)}", file=sys.stderr)
+        sys.exit(2)
+    return CommandLine(config, arguments.fresh, arguments.print_config, arguments.dry_run, arguments.gpus)
+
+
 def is_config_path(word: str) -> bool:
     """Is this first word a file? `data.train=x.toml` is not, `runs/lr=1/config.toml` is, whether or not it exists."""
     if os.path.isfile(word):
@@ -212,18 +255,9 @@ def read_file(path: Path, extended_by: tuple[str, ...] = ()) -> dict[str, tuple[
 
 def parse_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The TOML tree, and line numbers by "section.key". Only the plain spellings `[section]` and `key =` have one."""
+    text = read_text(path).removeprefix("\ufeff")  # some editors put a byte order mark there
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw[:4].count(0) == 2:
-        raise ValueError(f"{path}: looks like UTF-16; save it as UTF-8")
-    try:
-        text = raw.decode("utf-8-sig")
         tree = tomllib.loads(text)
-    except UnicodeDecodeError as error:
-        number = raw[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{number}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:  # from int(), or from tomllib's own recursion
@@ -244,11 +278,11 @@ def parse_override(argument: str) -> tuple[str, tuple[Any, str]]:
     name, equals, text = argument.removeprefix("--").partition("=")
     if not equals:
         hint = f"write {name}=VALUE" if name in SETTINGS else suggestion(name)
-        raise ValueError(f"command line: {argument!r} is not of the form section.key=value; {hint}")
+        raise ValueError(f"command line: {shown(argument)} is not of the form section.key=value; {hint}")
     if "\n" in argument or "\r" in argument:  # TOML would read a second line as another setting
         raise ValueError(f"command line: {shown(argument)} has a line break; in text, write \\n between double quotes")
     if any("\ud800" <= character <= "\udfff" for character in argument):  # how Python passes bytes that are not UTF-8
-        raise ValueError(f"command line: {argument!r} is not UTF-8")
+        raise ValueError(f"command line: {shown(argument)} is not UTF-8")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):

@@ -1,6 +1,7 @@
 """config.py: the written value is the used value; an unusable one is refused with its name, its value and its place."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
@@ -120,6 +121,18 @@ def test_a_typo_is_refused_without_importing_more_than_the_standard_library():
     code = "import sys; before = {*sys.modules}; import notus.config; print(*{*sys.modules} - before)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {name.partition(".")[0] for name in done.stdout.split()} <= sys.stdlib_module_names | {"notus"}
+
+
+def test_train_py_reports_a_typo_before_it_imports_torch():
+    """In a tenth of a second of CPU, then; torch and the rest take seconds."""
+    command = [sys.executable, "-X", "importtime", Path(__file__).parent.parent / "train.py", "dpo.bta=0.1"]
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert said == ["train.py: error: command line: unknown setting dpo.bta; did you mean dpo.beta?"]
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert done.returncode == 2 and "notus" in loaded
+    assert not loaded & {"torch", "numpy", "tokenizers", "safetensors", "jinja2", "tqdm", "sentencepiece"}
 
 
 # --- extends -------------------------------------------------------------------------------------------------------
@@ -293,10 +306,10 @@ def test_refusals_in_the_file(tmp_path, text, place, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b'[model]\npath = "\xe9"\n', r":2: is not UTF-8 \(invalid continuation byte\); save it as UTF-8"),
-        (REQUIRED.encode("utf-16"), ": looks like UTF-16; save it as UTF-8"),
-        (REQUIRED.encode("utf-16-le"), ": looks like UTF-16; save it as UTF-8"),
-        (REQUIRED.encode("utf-16-be"), ": looks like UTF-16; save it as UTF-8"),
+        (b'[model]\npath = "\xe9"\n', r":2: not UTF-8 text: invalid continuation byte; save it as UTF-8"),
+        (REQUIRED.encode("utf-16"), ": looks like UTF-16 text; save it as UTF-8"),
+        (REQUIRED.encode("utf-16-le"), ": looks like UTF-16 text; save it as UTF-8"),
+        (REQUIRED.encode("utf-16-be"), ": looks like UTF-16 text; save it as UTF-8"),
         (b"", r": model\.path is required"),
     ],
 )
@@ -307,17 +320,28 @@ def test_refusals_of_the_file_itself(tmp_path, content, message):
 
 
 def test_a_path_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"missing\.toml: No such file"):
+    with pytest.raises(ValueError, match=r"missing\.toml: cannot be read: No such file"):
         config.load(tmp_path / "missing.toml")
-    with pytest.raises(ValueError, match=r": Is a directory$"):
+    with pytest.raises(ValueError, match=r": not a regular file$"):
         config.load(tmp_path)
 
     def denied(path):  # root may read everything, so chmod would not show it
         raise PermissionError(13, "Permission denied", str(path))
 
+    (tmp_path / "secret.toml").touch()
     monkeypatch.setattr(Path, "read_bytes", denied)
-    with pytest.raises(ValueError, match=r"secret\.toml: Permission denied$"):
+    with pytest.raises(ValueError, match=r"secret\.toml: cannot be read: Permission denied$"):
         config.load(tmp_path / "secret.toml")
+    os.mkfifo(tmp_path / "pipe.toml")  # opening it would wait forever
+    with pytest.raises(ValueError, match=r"pipe\.toml: not a regular file$"):
+        config.load(tmp_path / "pipe.toml")
+
+
+@pytest.mark.parametrize("gpus", ["0", "-1", "100001"])
+def test_gpus_to_plan_for_are_counted_from_1(minimal, gpus):
+    assert config.command_line([str(minimal), "--gpus", "1"], None).gpus == 1
+    with pytest.raises(ValueError, match=f"^command line: --gpus {gpus}: must be from 1 to 100,000"):
+        config.command_line([str(minimal), "--gpus", gpus], None)
 
 
 def test_contradictions_name_every_place(minimal):
