@@ -1,15 +1,14 @@
 """Mistral-7B (Jiang et al. 2023, arXiv:2310.06825): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
-Parameters have the names of the Hugging Face checkpoint, so loading and export rename nothing. The model knows nothing
-of batches, ranks or padding: it reads a flat stream of tokens, and `attend` knows who sees whom (attention.py).
+Parameters have the names of the Hugging Face checkpoint, so loading and export rename nothing. The model does not know
+about batches, ranks or padding. It reads a flat stream of tokens, and `attend` decides which token sees which
+(attention.py).
 
-Legend: T tokens of the stream, R rows that are scored, D model dimension, F feed-forward dimension, V vocabulary,
-H query heads, K key/value heads, d head dimension.
+Legend: T tokens of the stream, R rows that are scored, D model dimension, V vocabulary, H query heads, K key/value
+heads, d head dimension.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,79 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from notus.attention import PackedAttention
-from notus.chat import read_json
+from notus.dims import MistralConfig
 from notus.logprobs import sequence_logps, token_logps
 from notus.packing import Stream
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, (T, H, d), (T, K, d), (T, K, d)) -> (T, H, d)
-
-
-@dataclass(frozen=True)
-class MistralConfig:
-    """The dimensions of a checkpoint, by the names of its own config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    sliding_window: int | None
-    tie_word_embeddings: bool
-    initializer_range: float = 0.02
-
-    @classmethod
-    def read(cls, model_dir: str | Path) -> "MistralConfig":
-        """From config.json, in the spelling of transformers 4 or 5. ValueError names the file and the value."""
-        path = Path(model_dir) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; a model is a directory in Hugging Face layout")
-        raw = read_json(path)
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        needs = {
-            "model_type": (raw.get("model_type"), "mistral"),
-            "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-            "attention_bias": (raw.get("attention_bias", False), False),
-            "rope type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        }
-        for name, (value, supported) in needs.items():
-            if value != supported:
-                raise ValueError(f"{path}: {name} is {value!r}; this model needs {supported!r}")
-
-        def number(name: str, kind: type, value: float | None) -> int | float:
-            if value is None:
-                raise ValueError(f"{path}: {name} is missing")
-            if type(value) not in (int, kind) or value <= 0:
-                what = "whole number" if kind is int else "number"
-                raise ValueError(f"{path}: {name} is {value!r}; it must be a positive {what}")
-            return kind(value)
-
-        def whole(name: str) -> int:
-            return number(name, int, raw.get(name))
-
-        heads, window = whole("num_attention_heads"), raw.get("sliding_window")
-        config = cls(
-            vocab_size=whole("vocab_size"),
-            hidden_size=whole("hidden_size"),
-            intermediate_size=whole("intermediate_size"),
-            num_hidden_layers=whole("num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=number("num_key_value_heads", int, raw.get("num_key_value_heads") or heads),
-            head_dim=number("head_dim", int, raw.get("head_dim") or whole("hidden_size") // heads),
-            rms_norm_eps=number("rms_norm_eps", float, raw.get("rms_norm_eps", 1e-5)),
-            rope_theta=number("rope_theta", float, rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-            sliding_window=window and number("sliding_window", int, window),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            initializer_range=number("initializer_range", float, raw.get("initializer_range", 0.02)),
-        )
-        if heads % config.num_key_value_heads:
-            raise ValueError(f"{path}: {heads} heads cannot share {config.num_key_value_heads} key/value heads evenly")
-        if config.head_dim % 2:
-            raise ValueError(f"{path}: head_dim is {config.head_dim}; rotary positions need an even one")
-        return config
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -109,8 +40,10 @@ class RMSNorm(nn.Module):
 
 
 def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/d) -> two (T, 1, d/2), float32 or wider: in bfloat16 the angles alone would
-    be off by 0.6 rad at position 512. Su et al. 2021 (arXiv:2104.09864), equation 15."""
+    """cos and sin of position * theta^(-2i/d), two (T, 1, d/2). Su et al. 2021 (arXiv:2104.09864), equation 15.
+
+    They are float32 or wider. In bfloat16 an angle near position 512 would be wrong by 0.6 rad.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, head_dim, 2, dtype=wide, device=positions.device) / head_dim  # (d/2,)
     angles = positions[:, None].to(wide) * theta**-exponents  # (T, d/2)
@@ -118,7 +51,7 @@ def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dt
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn (T, heads, d) by its positions. Dimension i is paired with i + d/2, as Hugging Face checkpoints have it."""
+    """Rotate (T, heads, d) by its positions. Dimension i is paired with i + d/2, as in Hugging Face checkpoints."""
     first, second = _wide(x).chunk(2, dim=-1)  # (T, heads, d/2) each
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
@@ -168,25 +101,26 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int, rows: Tensor | None = None
     ) -> Tensor:
-        """(T, D) -> (T, D); with `rows` only those of the stream (R, D): of the others just keys and values matter."""
+        """(T, D) -> (T, D). With `rows` only those rows of the stream are computed, (R, D): the last layer needs the
+        other tokens for their keys and values only."""
         out = self.self_attn(self.input_layernorm(x), rotary, attend, layer, rows)
         x = out + (x if rows is None else x[rows])
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# Activation checkpointing, from the least work done twice to the least memory. `elementwise`: norms, rotary positions
-# and SwiGLU are computed again in backward; what matrix products and attention gave is kept. `half`: of every second
-# layer only the input is kept, the others are as before. `full`: of every layer.
+# Activation checkpointing, from the least recomputation to the least memory. `elementwise` keeps the results of matrix
+# products and attention, and recomputes norms, rotary positions and SwiGLU in backward. `half` does so in every second
+# layer, and keeps only the input of the others. `full` keeps only the input of every layer.
 RECOMPUTE = ("none", "elementwise", "half", "full")
 
 
 def is_product(op: torch._ops.OpOverload) -> bool:
-    """A matrix product or attention, by whichever kernel: worth its memory."""
+    """Whether `op` is a matrix product or attention, whichever kernel computes it. These are worth their memory."""
     return op.name() == "aten::mm" or "attention" in op.name() or "attn" in op.name()
 
 
 def keep_products() -> tuple:
-    """What torch.utils.checkpoint asks of its `context_fn`: keep products, recompute the rest."""
+    """A `context_fn` for torch.utils.checkpoint that keeps products and recomputes the rest."""
 
     def policy(_context, op, *_arguments, **_named) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if is_product(op) else CheckpointPolicy.PREFER_RECOMPUTE
@@ -195,7 +129,7 @@ def keep_products() -> tuple:
 
 
 class Decoder(nn.Module):
-    """Token ids -> normalized hidden states of the wanted tokens."""
+    """Token ids -> normalized hidden states of the requested tokens."""
 
     def __init__(self, config: MistralConfig):
         super().__init__()
@@ -216,14 +150,14 @@ class Decoder(nn.Module):
             elif self.recompute == "full" or (self.recompute == "half" and index % 2 == 0):
                 x = checkpoint(layer, *inputs, use_reentrant=False)
             elif self.compiled:
-                x = layer(*inputs)  # the compiler has seen to it
+                x = layer(*inputs)  # here the compiler recomputes (compile_layers)
             else:
                 x = checkpoint(layer, *inputs, use_reentrant=False, context_fn=keep_products)
         return self.norm(x)
 
     def compile_layers(self) -> None:
-        """torch.compile each layer in place: no name changes, and streams of any length are one compilation. What is to
-        be recomputed must be known by now."""
+        """torch.compile each layer in place. No name changes, and streams of all lengths share one compilation. Set
+        `recompute` before."""
         torch._functorch.config.aggressive_recomputation = self.recompute != "none"  # its name for `elementwise`
         for layer in self.layers:
             layer.compile(dynamic=True)
@@ -231,7 +165,7 @@ class Decoder(nn.Module):
 
 
 class Mistral(nn.Module):
-    """What training needs of a language model: log-probabilities of the response tokens, never a (T, V) matrix."""
+    """The language model. Training asks it for log-probabilities of the response tokens, never for a (T, V) matrix."""
 
     def __init__(self, config: MistralConfig):
         super().__init__()
@@ -245,7 +179,8 @@ class Mistral(nn.Module):
     ) -> Tensor:
         """input_ids (T,), positions (T,), source (R,) indices into the stream, target (R,) token ids.
 
-        With targets: log p(target | all that `source` sees), (R,) in nats. Without: logits (R, V). float32 or wider.
+        With targets it returns log p(target | everything that `source` sees), (R,) in nats, without them logits (R, V).
+        Both are float32 or wider.
         """
         hidden = self.model(input_ids, positions, attend, source)  # (R, D)
         head = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight  # (V, D)
@@ -264,8 +199,13 @@ class Mistral(nn.Module):
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
 
 
-def pair_logps(model: Mistral, stream: Stream) -> Tensor:
-    """A packed micro-batch of P pairs -> (P, 2): log-probabilities of the chosen and the rejected answers, in nats."""
+def stream_logps(model: Mistral, stream: Stream) -> Tensor:
+    """A packed micro-batch -> (S,): the log-probability of each of its answers, in nats."""
     attend = PackedAttention(stream.segments, model.config.sliding_window, stream.input_ids.device)
     logps = model(stream.input_ids, stream.positions, attend, stream.source, stream.target)  # (R,)
-    return sequence_logps(logps, stream.sequence, stream.num_sequences).view(-1, 2)
+    return sequence_logps(logps, stream.sequence, stream.num_sequences)
+
+
+def pair_logps(model: Mistral, stream: Stream) -> Tensor:
+    """A packed micro-batch of P pairs -> (P, 2): log-probabilities of the chosen and the rejected answers, in nats."""
+    return stream_logps(model, stream).view(-1, 2)

@@ -9,6 +9,7 @@ import torch
 from tiny import run_ranks, save_checkpoint, tiny_config
 
 from notus import distributed, weights
+from notus.dims import MistralConfig
 from notus.model import Mistral
 
 MIB = 2**20
@@ -40,12 +41,12 @@ def anonymous_bytes() -> int:
 def load_and_export(base: Path, output: Path) -> None:
     torch.set_num_threads(1)
     world = distributed.start("cpu")
-    model = weights.meta_model(weights.MistralConfig.read(base))
+    model = weights.meta_model(MistralConfig.read(base))
     distributed.shard(model, model.model.layers, world, torch.float32)
     with Peak() as loading:
         weights.load_weights(model, base, world.device)
     with Peak() as exporting:
-        weights.export(model, base, output / "out", torch.float32, "", world.rank)
+        weights.export(model, base, output / "out", torch.float32, "", world.rank, eos_id=2)
     (output / f"{world.rank}.json").write_text(json.dumps([loading.bytes, exporting.bytes]))
     distributed.stop()
 

@@ -1,8 +1,5 @@
 """model.py: law 3, the logits and gradients of transformers' Mistral, and how a checkpoint's config.json is read."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig as HFConfig
 from transformers import MistralForCausalLM
 
-from notus.model import Mistral, MistralConfig, pair_logps, rotary_table
+from notus.dims import MistralConfig
+from notus.model import Mistral, pair_logps, rotary_table
 from notus.packing import pack_pairs
 from notus.plan import MISTRAL_7B
 from notus.weights import meta_model
@@ -165,73 +163,3 @@ def test_initialize_is_a_function_of_the_seed():
         else:
             assert not torch.equal(parameter, different), name
             assert 0.04 < parameter.std().item() < 0.06, name
-
-
-# --- config.json ---------------------------------------------------------------------------------------------------
-
-
-def write(directory: Path, raw: dict) -> Path:
-    (directory / "config.json").write_text(json.dumps(raw))
-    return directory
-
-
-def test_both_spellings_of_config_json_read_the_same(tmp_path: Path):
-    config = tiny_config(rope_theta=123456.0, sliding_window=77, rms_norm_eps=3e-6, tie_word_embeddings=True)
-    for spelling in (4, 5):
-        assert MistralConfig.read(write(tmp_path, config_json(config, spelling))) == config
-    HFConfig(**config_json(config, spelling=5)).save_pretrained(tmp_path)  # as the installed version writes it
-    assert MistralConfig.read(tmp_path) == config
-
-
-def test_mistral_7bs_own_config_json(tmp_path: Path):
-    raw = {  # mistralai/Mistral-7B-v0.1, word for word; it has no head_dim
-        "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
-        "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000,
-    }  # fmt: skip
-    assert MistralConfig.read(write(tmp_path, raw)) == MISTRAL_7B
-
-
-def test_what_config_json_leaves_out_is_what_transformers_takes(tmp_path: Path):
-    raw = {name: 8 for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-    raw |= {"model_type": "mistral", "num_attention_heads": 4, "head_dim": None}
-    config = MistralConfig.read(write(tmp_path, raw))
-    assert (config.head_dim, config.num_key_value_heads, config.rope_theta) == (2, 4, 10000.0)
-    assert (config.sliding_window, config.tie_word_embeddings, config.initializer_range) == (None, False, 0.02)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "llama"}, "model_type is 'llama'; this model needs 'mistral'"),
-        ({"model_type": None}, "model_type is None"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; this model needs 'silu'"),
-        ({"attention_bias": True}, "attention_bias is True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type is 'linear'; this model needs 'default'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope type is 'yarn'"),
-        ({"vocab_size": 0}, "vocab_size is 0; it must be a positive whole number"),
-        ({"hidden_size": "20"}, "hidden_size is '20'"),
-        ({"intermediate_size": 3.5}, "intermediate_size is 3.5"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
-        ({"num_key_value_heads": 3}, "4 heads cannot share 3 key/value heads evenly"),
-        ({"vocab_size": ...}, "vocab_size is missing"),
-        ({"num_attention_heads": ...}, "num_attention_heads is missing"),
-    ],
-    ids=str,
-)
-def test_an_unusable_config_json_is_refused_with_its_name_and_value(tmp_path: Path, change: dict, message: str):
-    raw = {name: value for name, value in (config_json(tiny_config()) | change).items() if value is not ...}
-    with pytest.raises(ValueError) as caught:
-        MistralConfig.read(write(tmp_path, raw))
-    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
-    assert message in str(caught.value)
-
-
-def test_a_config_json_that_is_absent_or_not_json_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"config\.json: no such file"):
-        MistralConfig.read(tmp_path)
-    (tmp_path / "config.json").write_text('{\n"vocab_size": 3,\n}')
-    with pytest.raises(ValueError, match=r"config\.json:[23]: not JSON: "):
-        MistralConfig.read(tmp_path)
