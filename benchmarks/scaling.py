@@ -34,8 +34,8 @@ import torch
 from step import LEFT_OUT, draw_pairs, markdown, shape
 from torch import Tensor
 
+from notus.cost import forward_flops
 from notus.logprobs import CHUNK_ROWS, KEEP_BYTES, token_logps
-from notus.plan import forward_flops
 
 MIB = 2**20
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}  # of a step's loss: other micro-batches round otherwise

@@ -5,9 +5,11 @@
     torchrun --nproc-per-node 8 benchmarks/step.py --shape 7b:32
 
 Random weights, random tokens, lengths as UltraFeedback has them: a step costs what it costs, whatever the weights say.
-A step is timed from one loss to the next, as train.py takes it; the first two are left out, and the median of the
-others counts. The reference pass is timed as a whole. The share of the peak is of useful FLOPs (plan.py: prompts once,
-nothing recomputed), against the data sheet on a GPU, and on a CPU against a plain matrix product in the same process.
+The step is train.py's own, `train.train_step`, with streams packed a step ahead as there. A variant gives it other
+micro-batches, or puts another function in the place of `train.pair_logps`. A step is timed from one loss to the next;
+the first two are left out, and the median of the others counts. The reference pass is timed as a whole. The share of
+the peak is of useful FLOPs (cost.py: prompts once, nothing recomputed), against the data sheet on a GPU, and on a CPU
+against a plain matrix product in the same process.
 
 Legend: P pairs, T tokens of a stream, S answers in it, R response tokens, V vocabulary.
 """
@@ -18,25 +20,32 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # where train.py is
+
+import train
 from notus import distributed, weights
 from notus.attention import PackedAttention, sdpa, visible
-from notus.data import Pair, PairSet
-from notus.distributed import World, full_tensor, sum_over_ranks
+from notus.cost import forward_flops, num_parameters, peak_flops
+from notus.dims import MistralConfig
+from notus.distributed import World, sum_over_ranks
 from notus.logprobs import sequence_logps
-from notus.losses import dpo_loss, preference_metrics
 from notus.metrics import peak_memory_gib
-from notus.model import RECOMPUTE, Attend, Mistral, MistralConfig, pair_logps
+from notus.model import RECOMPUTE, Attend, Mistral
 from notus.optim import lr_at, make_optimizer
-from notus.packing import Stream, deal, pack, pack_pairs
-from notus.plan import MISTRAL_7B, cpu_flops, engineering, forward_flops, num_parameters, peak_flops
+from notus.packing import MicroBatch, Stream, ahead, deal, pack, pack_pairs
+from notus.plan import MISTRAL_7B, cpu_flops, engineering
+from notus.tokens import Pair, PairSet
 
 BETA, LEARNING_RATE, MAX_GRAD_NORM, SEED = 0.1, 1e-5, 1.0, 42
 LEFT_OUT = 2  # first steps: kernels are chosen, the optimizer makes its state
@@ -47,8 +56,6 @@ SWITCHES = {
     "--dense-mask": "one SDPA over the whole stream, with a (T, T) mask",
     "--no-flash": "on a GPU: one SDPA for each piece of the stream",
 }
-
-Score = Callable[[Mistral, Sequence[Pair]], Tensor]  # P pairs -> (P, 2) log-probabilities, in nats
 
 
 def shape(name: str) -> tuple[str, MistralConfig]:
@@ -84,61 +91,77 @@ def draw_pairs(count: int, vocab_size: int, scale: float) -> PairSet:
         ids = [rng.integers(3, vocab_size, size, dtype=np.int32) for size in sizes]
         ids[0][0], ids[1][-1], ids[2][-1] = 1, 2, 2  # BOS, EOS, EOS
         pairs.append(Pair(f"pair {number}", *ids))
-    return PairSet.of(pairs, {})
-
-
-def train_step(
-    model: Mistral, optimizer: torch.optim.Optimizer, pairs: PairSet, rows: np.ndarray, reference: Tensor,
-    plan: list[list[int]], learning_rate: float, score: Score,
-) -> float:  # fmt: skip
-    """One step over the pairs `rows`, as in train.py but for its logs. plan: this rank's micro-batches, as indices into
-    `rows`; reference (P, 2). The mean loss over all ranks."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    totals = torch.zeros(7, dtype=torch.float64, device=reference.device)
-    for micro_batch in plan:
-        members = rows[micro_batch]
-        policy = score(model, [pairs[i] for i in members])
-        logps = (*policy.unbind(1), *reference[members].unbind(1))
-        losses = dpo_loss(*logps, BETA)
-        (losses.sum() / len(rows)).backward()
-        values = [losses.detach(), *preference_metrics(*logps, BETA).values()]
-        totals += torch.stack([value.double().sum() for value in values])
-    grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
-    loss, *_ = sum_over_ranks(totals).tolist()
-    if math.isfinite(loss + grad_norm.item()):
-        optimizer.step()
-    optimizer.zero_grad()
-    return loss / len(rows)
+    return PairSet.of(pairs, Counter())
 
 
 def learning_rate_at(step: int, steps: int) -> float:
     return lr_at(step, steps, math.ceil(0.1 * steps), LEARNING_RATE)
 
 
+def run_steps(
+    model: Mistral,
+    pairs: PairSet,
+    steps: np.ndarray,
+    reference: Tensor,
+    world: World,
+    budget: int,
+    off: Sequence[str] = (),
+) -> tuple[list[float], list[float]]:
+    """All `steps` (steps, pairs a step), with RMSprop. reference (P, 2) on the CPU. The losses, and when each step was
+    over, after when the first began."""
+    optimizer = make_optimizer(model.parameters(), "rmsprop", LEARNING_RATE, weight_decay=0.0)
+    packed = ahead(micro_batches(pairs, rows, model.config, world, budget, off) for rows in steps)
+    losses, ends = [], [time.perf_counter()]
+    for step, batches in enumerate(packed):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, len(steps))
+        num_pairs = steps.shape[1]
+        result = train.train_step(
+            model, optimizer, batches, reference, num_pairs, world, beta=BETA, max_grad_norm=MAX_GRAD_NORM
+        )
+        losses.append(result.sums[0] / num_pairs)
+        ends.append(time.perf_counter())
+    return losses, ends
+
+
 # --- the techniques, and how it goes without them --------------------------------------------------------------------
 
 
-def scorer(off: list[str], device: torch.device) -> Score:
-    """`pair_logps` itself, or the same without what is `off`."""
+@dataclass(frozen=True)
+class OneByOne:
+    """A micro-batch of several streams, each of which goes through the model alone."""
 
-    def score(model: Mistral, pairs: Sequence[Pair]) -> Tensor:
-        if not off:
-            return pair_logps(model, pack_pairs(pairs).to(device))
-        segments = [(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
-        if not shares_prefix(off):
-            segments = [(prompt, [answer]) for prompt, answers in segments for answer in answers]
-        streams = [pack([segment]) for segment in segments] if "--no-packing" in off else [pack(segments)]
-        return torch.cat([answer_logps(model, stream.to(device), off) for stream in streams]).view(-1, 2)
+    streams: list[Stream]
 
-    return score
+    def to(self, device: torch.device) -> "OneByOne":
+        return OneByOne([stream.to(device) for stream in self.streams])
 
 
-def shares_prefix(off: list[str]) -> bool:
-    return not {"--no-prefix-sharing", "--no-packing"} & set(off)
+def micro_batches(
+    pairs: PairSet, rows: np.ndarray, dims: MistralConfig, world: World, budget: int, off: Sequence[str] = ()
+) -> list[MicroBatch]:
+    """This rank's share of the pairs `rows`, laid as `off` has it."""
+    shared = not {"--no-prefix-sharing", "--no-packing"} & set(off)
+    tokens = pairs.num_tokens[rows] + (0 if shared else pairs.lengths[rows, 0])
+    costs = forward_flops(dims, pairs.lengths[rows])
+    plan = deal(tokens, costs, world.size, 1 if "--no-packing" in off else budget)[world.rank]
+
+    def lay(members: Sequence[Pair]) -> Stream | OneByOne:
+        if shared:
+            return pack_pairs(members)
+        answers = [(pair.prompt, [answer]) for pair in members for answer in (pair.chosen, pair.rejected)]
+        return OneByOne([pack([answer]) for answer in answers]) if "--no-packing" in off else pack(answers)
+
+    return [(rows[part], lay([pairs[i] for i in rows[part]])) for part in plan]
 
 
-def answer_logps(model: Mistral, stream: Stream, off: list[str]) -> Tensor:
+def variant_logps(model: Mistral, micro_batch: Stream | OneByOne, off: Sequence[str]) -> Tensor:
+    """In the place of `pair_logps`: P pairs -> (P, 2), without what is `off`."""
+    streams = micro_batch.streams if isinstance(micro_batch, OneByOne) else [micro_batch]
+    return torch.cat([answer_logps(model, stream, off) for stream in streams]).view(-1, 2)
+
+
+def answer_logps(model: Mistral, stream: Stream, off: Sequence[str]) -> Tensor:
     """(S,)"""
     window = model.config.sliding_window
     attend = PackedAttention(
@@ -169,15 +192,6 @@ def dense_attention(stream: Stream, window: int | None) -> Attend:
     return lambda _layer, query, key, value: sdpa(query, key, value, mask=mask)
 
 
-def plan_for(
-    pairs: PairSet, rows: np.ndarray, dims: MistralConfig, world: World, budget: int, off: list[str]
-) -> list[list[int]]:
-    """This rank's micro-batches: indices into `rows`."""
-    tokens = pairs.num_tokens[rows] + (0 if shares_prefix(off) else pairs.lengths[rows, 0])
-    costs = forward_flops(dims, pairs.lengths[rows])
-    return deal(tokens, costs, world.size, 1 if "--no-packing" in off else budget)[world.rank]
-
-
 # --- one measurement -------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +213,9 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
     per_step = (arguments.pairs or (8 if cuda else 4)) * world.size
     pairs = draw_pairs(per_step * arguments.steps, dims.vocab_size, scale)
     steps = np.arange(len(pairs)).reshape(-1, per_step)
-    dtype, score = torch.bfloat16 if cuda else torch.float32, scorer(off, world.device)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    if off:
+        train.pair_logps = partial(variant_logps, off=off)
 
     model = weights.meta_model(dims)
     model.model.recompute = arguments.recompute
@@ -212,23 +228,17 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
 
     reference = torch.zeros(len(pairs), 2, device=world.device)
     with torch.no_grad():
-        for micro_batch in plan_for(pairs, steps[0], dims, world, budget, off):
-            score(model, [pairs[i] for i in micro_batch])  # warm up
+        for _, stream in micro_batches(pairs, steps[0], dims, world, budget, off):
+            train.pair_logps(model, stream.to(world.device))  # warm up
         sum_over_ranks(reference).cpu()  # wait for the device and for each other
         start = time.perf_counter()
-        for micro_batch in plan_for(pairs, np.arange(len(pairs)), dims, world, budget, off):
-            reference[micro_batch] = score(model, [pairs[i] for i in micro_batch]).float()
-        sum_over_ranks(reference).cpu()
+        for members, stream in micro_batches(pairs, np.arange(len(pairs)), dims, world, budget, off):
+            reference[members] = train.pair_logps(model, stream.to(world.device)).float()
+        reference = sum_over_ranks(reference).cpu()
         reference_seconds = time.perf_counter() - start
     distributed.reshard(model)
 
-    optimizer = make_optimizer(model.parameters(), "rmsprop", LEARNING_RATE, weight_decay=0.0)
-    plans = [plan_for(pairs, rows, dims, world, budget, off) for rows in steps]
-    ends, losses = [time.perf_counter()], []
-    for step, (rows, plan) in enumerate(zip(steps, plans, strict=True)):
-        rate = learning_rate_at(step, len(steps))
-        losses.append(train_step(model, optimizer, pairs, rows, reference, plan, rate, score))
-        ends.append(time.perf_counter())
+    losses, ends = run_steps(model, pairs, steps, reference, world, budget, off)
     seconds = np.diff(ends)[LEFT_OUT:]
     flops, tokens = forward_flops(dims, pairs.lengths)[steps].sum(axis=1), pairs.num_tokens[steps].sum(axis=1)
     if not cuda:

@@ -29,27 +29,14 @@ from statistics import median
 
 import numpy as np
 import torch
-from step import (
-    BETA,
-    LEARNING_RATE,
-    LEFT_OUT,
-    MAX_GRAD_NORM,
-    SEED,
-    draw_pairs,
-    learning_rate_at,
-    markdown,
-    plan_for,
-    scorer,
-    shape,
-    train_step,
-)
+from step import BETA, LEARNING_RATE, LEFT_OUT, MAX_GRAD_NORM, SEED, draw_pairs, markdown, run_steps, shape
 
 from notus import distributed, weights
-from notus.data import PairSet
+from notus.dims import MistralConfig
 from notus.metrics import peak_memory_gib
-from notus.model import Mistral, MistralConfig
-from notus.optim import make_optimizer
+from notus.model import Mistral
 from notus.reference import ReferenceCache, cache_header, reference_logps
+from notus.tokens import PairSet
 
 TRAINERS = ("notus", "shipped", "kept", "strongest")
 DEFAULTS = {
@@ -74,8 +61,8 @@ def write_checkpoint(directory: Path, dims: MistralConfig) -> None:
 def run_notus(directory: Path, dims: MistralConfig, pairs: PairSet, arguments: argparse.Namespace) -> dict:
     """As train.py does it, in the order of the file."""
     world = distributed.start(arguments.device)
-    model, dtype = weights.meta_model(dims), "float32" if arguments.device == "cpu" else "bfloat16"
-    distributed.shard(model, model.model.layers, world, getattr(torch, dtype))
+    model, dtype = weights.meta_model(dims), torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    distributed.shard(model, model.model.layers, world, dtype)
     weights.load_weights(model, directory, world.device)
     with tempfile.TemporaryDirectory() as cache_dir:
         cache = ReferenceCache(cache_dir, cache_header("", dims, dtype))
@@ -83,14 +70,8 @@ def run_notus(directory: Path, dims: MistralConfig, pairs: PairSet, arguments: a
         reference, _ = reference_logps(model, pairs, cache, world, arguments.budget)
         reference_seconds = time.perf_counter() - start
 
-    optimizer = make_optimizer(model.parameters(), "rmsprop", LEARNING_RATE, weight_decay=0.0)
-    score, steps = scorer([], world.device), np.arange(len(pairs)).reshape(-1, arguments.pairs)
-    reference = reference.to(world.device)
-    ends, losses = [time.perf_counter()], []
-    for step, rows in enumerate(steps):
-        plan, rate = plan_for(pairs, rows, dims, world, arguments.budget, []), learning_rate_at(step, len(steps))
-        losses.append(train_step(model, optimizer, pairs, rows, reference, plan, rate, score))
-        ends.append(time.perf_counter())
+    steps = np.arange(len(pairs)).reshape(-1, arguments.pairs)
+    losses, ends = run_steps(model, pairs, steps, reference, world, arguments.budget)
     distributed.stop()
     return {"losses": losses, "ends": ends, "reference_seconds": reference_seconds}
 

@@ -2,8 +2,8 @@
 
     attend(layer, query, key, value) -> (T, H, d)
 
-and one of the two objects below, made anew for each stream, knows: `PackedAttention` for training (segments with a
-shared prompt, see packing.py), `KVCache` for generation.
+and one of the two objects below, made for each stream, knows: `PackedAttention` for training (segments with a shared
+prompt, see packing.py), `KVCache` for generation.
 
 Legend: T tokens of the stream, H query heads, K key/value heads (H a multiple of K), d head dimension, W sliding
 window, S sequences of a cache, C its capacity in tokens, L new tokens of the longest sequence in one call.
@@ -13,6 +13,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +24,9 @@ from torch.nn.attention.varlen import varlen_attn
 from notus.packing import Segment, to_device
 
 # torch 2.11 groups heads without being told.
-GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+GROUPED_HEADS: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -41,18 +44,18 @@ def visible(query_positions: Tensor, key_positions: Tensor, window: int | None) 
 
 
 class PackedAttention:
-    """Exact attention over a packed stream: nothing is computed for pairs of tokens that cannot see each other.
+    """Exact attention over a packed stream. Nothing is computed for pairs of tokens that cannot see each other.
 
-    The stream is cut into pieces. A prompt and its first answer are one plain causal sequence, and so one piece; each
-    further answer is a piece of its own, to whose keys the prompt's are added:
+    The stream is cut into pieces. A prompt and its first answer are one plain causal sequence, so they are one piece.
+    Each further answer is a piece of its own, and the prompt's keys are put before its own keys:
 
         queries   p p p c c | r r              the stream itself
         keys      p p p c c | p p p r r        a piece's queries are the last tokens of its keys
 
-    Tokens meet by position, so a sliding window is exact too. There are two ways through the same pieces: `one_by_one`,
-    by SDPA, and on GPUs in half precision `at_once`, a single call of FlashAttention for all of them.
+    Tokens meet by position, so a sliding window is exact too. There are two ways to compute the same pieces:
+    `one_by_one`, by SDPA, and on GPUs in half precision `at_once`, a single call of FlashAttention for all of them.
 
-    flash: whether to go `at_once` where the dtype allows; None: if it works here, see `flash_works`.
+    flash: whether to use `at_once` where the dtype allows it. None means: if it works here, see `flash_works`.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class PackedAttention:
         self._pieces = [size for prompt, answers in segments for size in (prompt + sum(answers[:1]), *answers[1:])]
         self._masks: dict[tuple[int, int], Tensor] = {}  # shared by the layers of one forward pass
 
-    @torch.compiler.disable  # the pieces are others in every stream; the layer around them is compiled
+    @torch.compiler.disable  # every stream has other pieces; the layer around them is compiled
     def __call__(self, _layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         half = query.dtype in (torch.bfloat16, torch.float16)
         return (self.at_once if self.flash and half else self.one_by_one)(query, key, value)
@@ -71,28 +74,29 @@ class PackedAttention:
     def at_once(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The kernel aligns its causal mask to the lower right: the last query with the last key, as drawn above."""
         rows, query_ends, key_ends, longest_query, longest_key = self._layout
-        all_seen = self.window is None or longest_key <= self.window
-        left = -1 if all_seen else self.window - 1  # keys before one's own
+        left = -1 if self.window is None or longest_key <= self.window else self.window - 1  # keys before one's own
         sizes = query_ends, key_ends, longest_query, longest_key
-        return varlen_attn(query, key[rows], value[rows], *sizes, window_size=(left, 0), **GROUPED_HEADS)
+        out = varlen_attn(query, key[rows], value[rows], *sizes, window_size=(left, 0), **GROUPED_HEADS)
+        return cast(Tensor, out)  # it is a tuple only where the log-sum-exp is asked for too
 
     @functools.cached_property
     def _layout(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """Where in the stream each piece's keys are, (all keys,); where the pieces end, among queries and among keys,
-        from 0 (pieces + 1,); and how long the longest are."""
-        rows, key_sizes, start = [], [], 0
+        """Where in the stream each piece's keys are (all keys,), where the pieces end among queries and among keys,
+        beginning with 0 (pieces + 1,), and the longest piece's queries and keys."""
+        key_rows, key_sizes, start = [], [], 0
         for prompt, (first, *others) in ((prompt, answers or (0,)) for prompt, answers in self.segments):
             end = start + prompt + first
-            rows.append(np.arange(start, end))
+            key_rows.append(np.arange(start, end))
             key_sizes.append(prompt + first)
             for answer in others:
-                rows += [np.arange(start, start + prompt), np.arange(end, end + answer)]
+                key_rows += [np.arange(start, start + prompt), np.arange(end, end + answer)]
                 key_sizes.append(prompt + answer)
                 end += answer
             start = end
         ends = (torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)) for sizes in (self._pieces, key_sizes))
-        tensors = (to_device(tensor, self.device) for tensor in (torch.from_numpy(np.concatenate(rows)), *ends))
-        return *tensors, max(self._pieces), max(key_sizes)
+        tensors = torch.from_numpy(np.concatenate(key_rows)), *ends
+        rows, query_ends, all_key_ends = (to_device(tensor, self.device) for tensor in tensors)
+        return rows, query_ends, all_key_ends, max(self._pieces), max(key_sizes)
 
     def one_by_one(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         pieces = zip(*(x.split(self._pieces) for x in (query, key, value)), strict=True)
@@ -120,8 +124,9 @@ class PackedAttention:
 
 @functools.cache
 def flash_works(device: torch.device) -> bool:
-    """Whether `at_once` gives here, in bfloat16, what `one_by_one` gives: values and gradients of pieces with more keys
-    than queries, grouped heads, with and without a window. If not, a warning says why. Some milliseconds, once."""
+    """Whether `at_once` gives the same as `one_by_one` here, in bfloat16: values and gradients of pieces with more keys
+    than queries, with grouped heads, with and without a window. If not, a warning says why. It takes some milliseconds,
+    once."""
     random, segments = torch.Generator(device).manual_seed(0), (Segment(70, (9, 130)), Segment(3, (1, 2)))
     shapes = [(70 + 9 + 130 + 3 + 1 + 2, heads, 64) for heads in (4, 2, 2, 4)]
     *inputs, weight = (torch.randn(shape, generator=random, device=device, dtype=torch.bfloat16) for shape in shapes)
@@ -145,8 +150,9 @@ def flash_works(device: torch.device) -> bool:
 
 
 class KVCache:
-    """Keys and values of S sequences, for generation: `advance` says where the next stream's tokens go, then a forward
-    pass stores and attends. The first stream holds the prompts one after another, each later one a token a sequence.
+    """Keys and values of S sequences, for generation. `advance` decides where the next stream's tokens go, then a
+    forward pass stores them and attends. The first stream holds the prompts one after another; each later stream holds
+    one token for each sequence.
 
     Memory: 2 * layers * S * K * C * d elements.
     """
@@ -161,7 +167,7 @@ class KVCache:
         self.lengths = [0] * num_sequences
 
     def advance(self, new_tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """`new_tokens[s]` tokens follow for sequence s. Returns `positions (T,)` and `last (S,)`, the index in the
+        """Sequence s gets `new_tokens[s]` more tokens. Returns `positions (T,)`, and `last (S,)`: the index in the
         stream of each sequence's last token."""
         device = self.keys.device
         counts = torch.tensor(new_tokens, device=device)
@@ -170,7 +176,7 @@ class KVCache:
         self._position = self._row + torch.tensor(self.lengths, device=device)[self._sequence]  # (T,)
         self.lengths = [old + new for old, new in zip(self.lengths, new_tokens, strict=True)]
         self._filled, self._longest = max(self.lengths), max(new_tokens)
-        # A place without a token keeps position 0: it sees key 0, so that no row of the mask is empty (NaN).
+        # A place without a token keeps position 0. It sees key 0, so that no row of the mask is empty, which gives NaN.
         query_positions = self._position.new_zeros(len(new_tokens), self._longest)
         query_positions[self._sequence, self._row] = self._position
         key_positions = torch.arange(self._filled, device=device)

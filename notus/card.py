@@ -1,24 +1,27 @@
 """The model card of an exported checkpoint: README.md in Hugging Face's form, from the facts of the run alone.
 
-No evaluation that was not run is claimed; what the run measured on its held-out pairs is.
+It claims only what the run itself measured on its held-out pairs.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
-from notus.config import Config
 
-
-def model_card(config: Config, environment: dict, metrics: dict[str, float]) -> str:
-    """`metrics`: the last evaluation, by TRL's names; {} if there were no held-out pairs."""
-    base, dpo, train, data = Path(config.model.path).name, config.dpo, config.train, config.data
+def model_card(facts: dict[str, Any], metrics: dict[str, float | None]) -> str:
+    """facts: what environment.json holds (run.py). metrics: the last evaluation, by TRL's names, None where a value is
+    not finite; {} if there were no held-out pairs."""
+    settings = facts["settings"]
+    base, output = (Path(settings[name]).resolve().name for name in ("model.path", "train.output_dir"))
     names = [name for name in metrics if name.startswith("eval_") and name != "eval_runtime"]
-    results = "\n".join(f"| {name.removeprefix('eval_')} | {metrics[name]:.4f} |" for name in names)
+    values = {name: "not finite" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names}
+    results = "\n".join(f"| {name.removeprefix('eval_')} | {value} |" for name, value in values.items())
     evaluation = f"On the held-out pairs, after the last step:\n\n| metric | value |\n|---|---|\n{results}"
-    files = "\n".join(f"- `{Path(name).name}`, sha256 `{sha}`" for name, sha in environment["data_sha256"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    system = settings["data.insert_system"]
+    frame = f"a system turn ({settings['data.system_prompt']!r}) where there was none" if system else "no system turn"
+    files = "\n".join(f"- {code(Path(name).name)}, sha256 `{sha}`" for name, sha in facts["data_sha256"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return f"""---
-base_model: {json.dumps(base)}
+base_model: {quoted(base)}
 library_name: transformers
 pipeline_tag: text-generation
 tags:
@@ -27,23 +30,23 @@ tags:
 - notus
 ---
 
-# {Path(train.output_dir).name}
+# {plain(output)}
 
-`{base}` tuned by Direct Preference Optimization ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) with notus
-{environment["versions"]["notus"]}, commit `{environment["git_commit"]}`.
+{code(base)} tuned by Direct Preference Optimization ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) with
+notus {facts["versions"]["notus"]}, commit `{facts["git_commit"]}`.
 
 ## Training
 
 | setting | value |
 |---|---|
-| pairs | {environment["train_pairs"]:,} |
-| beta, label smoothing | {dpo.beta}, {dpo.label_smoothing} |
-| optimizer, peak learning rate | {train.optimizer}, {train.learning_rate} |
-| schedule | linear, warmup over {train.warmup_ratio:.0%} of {environment["steps"]:,} steps |
-| epochs, pairs a step | {train.num_train_epochs}, {train.pairs_per_step} |
-| maximal length, of the prompt | {data.max_length}, {data.max_prompt_length} tokens |
-| precision | {train.compute_dtype} compute, float32 weights; exported in {train.export_dtype} |
-| seed | {train.seed} |
+| pairs | {facts["train_pairs"]:,} |
+| beta, label smoothing | {settings["dpo.beta"]}, {settings["dpo.label_smoothing"]} |
+| optimizer, peak learning rate | {settings["train.optimizer"]}, {settings["train.learning_rate"]} |
+| schedule | linear, warmup over {settings["train.warmup_ratio"]:.0%} of {facts["steps"]:,} steps |
+| epochs, pairs a step | {settings["train.num_train_epochs"]}, {settings["train.pairs_per_step"]} |
+| maximum length, of the prompt | {settings["data.max_length"]}, {settings["data.max_prompt_length"]} tokens |
+| precision | {settings["train.compute_dtype"]} compute, float32 weights; exported in {settings["train.export_dtype"]} |
+| seed | {settings["train.seed"]} |
 
 {evaluation if names else "There were no held-out pairs, so nothing was evaluated."}
 
@@ -51,15 +54,30 @@ Accuracy is the share of pairs whose chosen answer has the higher reward, beta x
 
 ## Text
 
-Use the chat template of this repository. Training put {"one BOS" if data.bos else "no BOS"} in front, \
-{"a system turn (" + repr(data.system_prompt) + ") where there was none" if data.insert_system else "no system turn"}, \
-and ended each answer with one EOS.
+Use the chat template of this repository. Training put {"one BOS" if settings["data.bos"] else "no BOS"} in front, \
+inserted {plain(frame)}, and ended each answer with one EOS.
 
 ## Provenance
 
-Base weights, sha256 over files: `{environment["model_sha256"]}`. Training data:
+Base weights, sha256 over files: `{facts["model_sha256"]}`. Training data:
 
 {files}
 
 Software: {versions}. The licences of the base and of the data apply.
 """
+
+
+def quoted(text: str) -> str:
+    """A string in YAML. JSON's spelling will not do: its two escapes of an emoji are two characters there."""
+    inner = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in text)
+    return f'"{inner}"'
+
+
+def plain(text: str) -> str:
+    """Text inside Markdown, where a file name must not become a heading, a link or HTML."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]()#+!|<>~&" else " " if c < " " else c for c in text)
+
+
+def code(text: str) -> str:
+    """A name as inline code."""
+    return f"`{''.join(c for c in text if c >= ' ' and c != '`')}`"

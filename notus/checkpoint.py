@@ -2,23 +2,23 @@
 
     checkpoints / step-00000200 /
         shard-*.safetensors     each rank's float32 weights and optimizer state, by torch.distributed.checkpoint
-        checkpoint.json         the step, what identifies the run, and size and CRC-32 of every file
+        checkpoint.json         the step, the run's identity, its log so far, and size and CRC-32 of every file
 
-A checkpoint is written under a temporary name while training goes on, synced to disk and then renamed: only whole ones
-ever have their name. The files are safetensors and JSON, so that loading one cannot run code. They can be read on any
-number of ranks. All ranks must see the same folder.
+A checkpoint is written under a temporary name while training continues, synced to disk and then renamed, so only
+complete ones ever have their final name. The files are safetensors and JSON: loading one cannot run code. They can be
+read on any number of ranks. All ranks must see the same folder.
 """
 
+import errno
 import json
-import os
 import shutil
-import signal
 import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from notus.distributed import World, from_rank_zero, on_rank_zero, sum_over_ranks
-from notus.weights import fsync
+from notus.files import checksum, fsync, read_json, set_aside, text_digest, write_atomically
 
 MANIFEST = "checkpoint.json"
+FIELDS = {"step": int, "identity": dict, "window": list, "lines": list, "stall_seconds": float, "files": dict}
 
 
 class Checkpoints:
@@ -39,15 +40,18 @@ class Checkpoints:
         self, directory: str | Path, keep: int, world: World, say: Callable[[str], None], timeout_minutes: float = 10.0
     ):
         self.directory, self.keep, self.world, self.say = Path(directory), keep, world, say
+        self.on_complete: Callable[[], None] = lambda: None  # called by rank 0's writing thread
         self._writer = ThreadPoolExecutor(max_workers=1)
         # Its own process group: the writing thread's collectives must not mix with those of training.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
-        self._pending: Future | None = None  # rank 0: the checkpoint that is being completed
+        self._pending: Future | None = None  # the checkpoint that is being completed
+        self._full = False  # whether one could not be written for want of space, be it the disk's or a quota's
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, facts: dict) -> float:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, facts: dict[str, Any]) -> float:
         """Begin a checkpoint; the seconds for which training had to stop. Only the copy to host memory is waited for.
+        `facts` holds the FIELDS that are the run's own: identity, window, lines.
 
-        A failure (a full disk, say) is reported and training goes on; the checkpoints before it stay as they are.
+        A failure (a full disk, say) is reported and training continues; the checkpoints before it stay as they are.
         """
         started = time.monotonic()
         self.wait()
@@ -58,22 +62,30 @@ class Checkpoints:
             for left in self.directory.glob("*.tmp"):  # by a kill, perhaps at another step
                 shutil.rmtree(left, ignore_errors=True)
             building.mkdir(parents=True)
+            self._make_room()
 
         try:
             on_rank_zero(self.world, prepare)
-            writing = dcp.async_save(
-                state_of(model, optimizer),
-                storage_writer=HuggingFaceStorageWriter(str(building), save_distributed=True),
-                process_group=self._group,
-            )
+            writer = HuggingFaceStorageWriter(str(building), save_distributed=True)
+            state = state_of(model, optimizer)
+            writing = cast(Future, dcp.async_save(state, storage_writer=writer, process_group=self._group))
         except OSError as error:
             self._give_up(error, building)
             return time.monotonic() - started
+        stall = time.monotonic() - started
+        manifest = {"step": step, "stall_seconds": round(stall, 3)} | facts
         # torch's future is done on rank 0 when it is on all ranks; the others only wait for their own part
-        self._pending = self._writer.submit(self._complete, writing, building, name, {"step": step} | facts)
-        return time.monotonic() - started
+        self._pending = self._writer.submit(self._complete, writing, building, name, manifest)
+        return stall
 
-    def _complete(self, writing: Future, building: Path, name: Path, manifest: dict) -> None:
+    def _make_room(self) -> None:
+        """Where there is no room for one more, the oldest goes first, as long as another whole one remains."""
+        whole = self.complete()
+        if len(whole) > 1 and (self._full or shutil.disk_usage(self.directory).free < size_of(whole[0])):
+            shutil.rmtree(whole[-1])
+            self.say(f"checkpoint  {whole[-1].name} was deleted first, because the disk has no room for one more")
+
+    def _complete(self, writing: Future, building: Path, name: Path, manifest: dict[str, Any]) -> None:
         try:
             writing.result()
             if self.world.rank != 0:
@@ -81,14 +93,15 @@ class Checkpoints:
             files = sorted(building.iterdir())
             with ThreadPoolExecutor() as pool:
                 manifest["files"] = dict(zip((path.name for path in files), pool.map(checksum, files), strict=True))
-            (building / MANIFEST).write_text(json.dumps(manifest, indent=1))
-            for path in (*files, building / MANIFEST, building):
+            for path in files:
                 fsync(path)
+            text = json.dumps(manifest)
+            write_atomically(building / MANIFEST, json.dumps(manifest | {"sha256": text_digest(text)}))
             shutil.rmtree(name, ignore_errors=True)  # of a run that went back before this step
             building.replace(name)
             fsync(self.directory)
-            for old in self.complete()[self.keep :]:
-                shutil.rmtree(old)
+            self.on_complete()
+            self.prune()
         except (Exception, CheckpointException) as error:  # torch's is no Exception
             self._give_up(error, building)
 
@@ -96,8 +109,9 @@ class Checkpoints:
         """Of whatever kind the failure is: a run of hours does not end for one checkpoint."""
         if isinstance(error, CheckpointException):
             error = next(iter(error.failures.values()))[0]  # without the traceback in its text
+        self._full |= isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if self.world.rank == 0:
-            self.say(f"checkpoint  {building.stem} could not be saved, training goes on: {error}")
+            self.say(f"checkpoint  {building.stem} could not be saved, training continues: {error}")
             shutil.rmtree(building, ignore_errors=True)
 
     def wait(self) -> None:
@@ -110,24 +124,33 @@ class Checkpoints:
         """Newest first."""
         return sorted(self.directory.glob("step-????????"), reverse=True)
 
-    def find(self) -> dict | None:
-        """The manifest of the newest whole checkpoint, None if there is none. Every file is checked; a damaged one is
-        reported and renamed out of the way, and the one before it is tried."""
+    def newest_step(self) -> int:
+        """Of the newest whole checkpoint; 0 if there is none."""
+        return next((int(path.name.removeprefix("step-")) for path in self.complete()), 0)
+
+    def prune(self) -> None:
+        for old in self.complete()[self.keep :]:
+            shutil.rmtree(old, ignore_errors=True)  # one that stays is tried again after the next
+
+    def find(self) -> dict[str, Any] | None:
+        """The manifest of the newest whole checkpoint, None if there is none. Every file is checked. A damaged
+        checkpoint is reported and renamed out of the way, and the one before it is tried."""
         for name in from_rank_zero(self.world, self.complete):
-            manifest, fault = from_rank_zero(self.world, lambda name=name: read_manifest(name))
+            manifest, fault = from_rank_zero(self.world, partial(read_manifest, name))
             if not fault:
                 mine = sorted(manifest["files"].items())[self.world.rank :: self.world.size]  # checked in parallel
                 faults = torch.tensor([sum(checksum(name / file) != expected for file, expected in mine)])
                 if wrong := int(sum_over_ranks(faults.to(self.world.device))):
                     fault = f"{wrong} of {len(manifest['files'])} files fail their checksum"
             if not fault:
+                on_rank_zero(self.world, self.prune)  # what a kill between renaming and pruning left
                 return manifest | {"directory": str(name)}
             self.say(f"checkpoint  {name} is damaged ({fault}); it is set aside, and the one before it is tried")
-            on_rank_zero(self.world, lambda name=name: set_aside(name))
+            on_rank_zero(self.world, partial(set_aside, name))
         self.say("checkpoint  there is no whole one: the run begins at step 0")
         return None
 
-    def load(self, manifest: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def load(self, manifest: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Bit for bit what was saved, each rank its own shards, whatever the number of ranks was."""
         make_state(optimizer)
         try:
@@ -135,30 +158,6 @@ class Checkpoints:
         except CheckpointException as error:  # no Exception, and its text is a traceback
             reason = next(iter(error.failures.values()))[0]
             raise OSError(f"{manifest['directory']}: cannot be read: {reason}") from error
-
-
-class StopSignal:
-    """SIGTERM and SIGUSR1, from Slurm or torchrun, ask a run to stop: the first at the end of its step, with a
-    checkpoint; another one at once. What comes within ECHO_SECONDS of the first is its echo: Slurm signals every
-    process of a job, and torchrun hands on what it gets."""
-
-    ECHO_SECONDS = 3.0
-
-    def __init__(self) -> None:
-        self.received = False
-        self._first = 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        if self.received and time.monotonic() - self._first > self.ECHO_SECONDS:
-            os._exit(128 + number)
-        if not self.received:
-            self.received, self._first = True, time.monotonic()
-
-
-class Preempted(Exception):
-    """The run was asked to stop, and can go on from what it saved."""
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -181,31 +180,25 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def set_aside(directory: Path) -> None:
-    """Under the name .damaged, .damaged-2, ..."""
-    number = 1 + len(list(directory.parent.glob(f"{directory.name}.damaged*")))
-    directory.replace(directory.with_name(f"{directory.name}.damaged" + (f"-{number}" if number > 1 else "")))
+def size_of(directory: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def read_manifest(directory: Path) -> tuple[dict, str]:
+def read_manifest(directory: Path) -> tuple[dict[str, Any], str]:
     """(manifest, "") or ({}, what is wrong with it)."""
     try:
-        manifest = json.loads((directory / MANIFEST).read_text())
-        whole = directory.name == f"step-{manifest['step']:08d}" and manifest["files"].keys() == {
-            path.name for path in directory.glob("*.safetensors")
-        }
-        return manifest, "" if whole else f"{MANIFEST} does not describe it"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return {}, f"{MANIFEST}: {error}"
-
-
-def checksum(path: Path) -> list[int]:
-    """[bytes, CRC-32]; [-1, 0] if it cannot be read."""
-    size = crc = 0
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):  # zlib lets other threads run meanwhile
-                size, crc = size + len(block), zlib.crc32(block, crc)
-    except OSError:
-        return [-1, 0]
-    return [size, crc]
+        manifest = read_json(directory / MANIFEST)
+    except ValueError as error:
+        return {}, str(error)
+    if not manifest:
+        return {}, f"{MANIFEST} is missing"
+    digest = manifest.pop("sha256", None)
+    if digest != text_digest(json.dumps(manifest)):
+        return {}, f"{MANIFEST} fails its checksum"
+    if not all(isinstance(manifest.get(name), kind) for name, kind in FIELDS.items()):
+        return {}, f"{MANIFEST} was written by another version of notus"
+    files = {path.name for path in directory.glob("*.safetensors")}
+    if directory.name != f"step-{manifest['step']:08d}" or manifest["files"].keys() != files:
+        return {}, f"{MANIFEST} does not describe its folder"
+    return manifest, ""

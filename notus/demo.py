@@ -7,18 +7,18 @@
               prompts-test.jsonl              questions seen nowhere else, with their right answers
               base/                           a Mistral of 0.7 million parameters that imitates all four models
 
-The base has the right answers from its teachers, and their bad habits too. In most tasks a bad habit is what it would
-say first, so it answers two in five questions right; the preferences tell it which of the things it knows to say. That
+The base learned the right answers from its teachers, and their bad habits too. In most tasks its most likely answer is
+a bad habit, so it gets two in five questions right. The preferences teach it which of the things it knows to say. That
 is what DPO does to a 7B, in miniature. The records carry UltraFeedback's bug as well: the worst answers score 10.
 """
 
 import argparse
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,13 +29,12 @@ import tokenizers
 import torch
 from tqdm import tqdm
 
-from notus.attention import PackedAttention
-from notus.chat import ZEPHYR_TEMPLATE, load_chat_template, with_system_turn
-from notus.data import close
-from notus.model import Mistral, MistralConfig
+from notus.base import Base, Frame, read_base
+from notus.chat import ZEPHYR_TEMPLATE
+from notus.files import sentence, write_atomically
+from notus.model import Mistral, stream_logps
 from notus.optim import lr_at, make_optimizer
 from notus.packing import pack
-from notus.tokenizer import load_tokenizer
 from notus.weights import export
 
 BINARIZE = Path(__file__).parent.parent / "binarize.py"
@@ -44,7 +43,7 @@ BINARIZE = Path(__file__).parent.parent / "binarize.py"
 @dataclass(frozen=True)
 class Settings:
     records: int = 3000  # raw records, each of which makes at most one pair
-    test_pairs: int = 300  # of them
+    test_pairs: int = 300  # of those pairs
     test_prompts: int = 400
     sft_questions: int = 13600  # each with four answers, seen once
     questions_per_step: int = 8
@@ -73,7 +72,7 @@ def number(rng: Random) -> str:
     return str(rng.randint(1000, 9999))
 
 
-# Some misses are too short and some too long: were all of them short, the model would learn never to stop.
+# Some misses are too short and some too long. If all were short, the model would learn never to stop.
 TASKS = {
     "repeat": Task("Repeat {}.", word, lambda s: s, lambda s: s + s[-1], easy=True),
     "reverse": Task("Write {} backwards.", word, lambda s: s[::-1], lambda s: s[:0:-1]),
@@ -100,8 +99,9 @@ class Question(NamedTuple):
 
 
 def ask(rng: Random, count: int, known: set[Question]) -> list[Question]:
-    """`count` new questions, the tasks in turn; what is asked joins `known` and is never asked again."""
-    names, questions = list(TASKS), []
+    """`count` new questions, the tasks in turn. Each joins `known` and is never asked again."""
+    names = list(TASKS)
+    questions: list[Question] = []
     while len(questions) < count:
         name = names[len(questions) % len(names)]
         question = Question(name, TASKS[name].subject(rng))
@@ -150,7 +150,7 @@ GRADES = {5: "correct", 3: "correct, with words that nobody asked for", 2: "clos
 
 
 def grade(question: Question, response: str) -> int:
-    """How good an answer is, a key of GRADES. Who gave it plays no part."""
+    """How good an answer is, a key of GRADES, whoever gave it."""
     for habit, points in (("right", 5), ("chat", 3), ("miss", 2)):
         if response == HABITS[habit](question):
             return points
@@ -158,8 +158,8 @@ def grade(question: Question, response: str) -> int:
 
 
 def annotate(rng: Random, question: Question, model: str) -> dict[str, Any]:
-    """One model's answer with its ratings, as UltraFeedback has them: strings from 1 to 5, here each a point off in one
-    case out of four, and sometimes "N/A", where an aspect does not apply."""
+    """One model's answer with its ratings, as UltraFeedback has them: strings from 1 to 5, and sometimes "N/A", where
+    an aspect does not apply. One rating in four is off by a point."""
     response = respond(rng, model, question)
     points = grade(question, response)
     verdict = f"The answer is {GRADES[points]}."
@@ -170,7 +170,7 @@ def annotate(rng: Random, question: Question, model: str) -> dict[str, Any]:
 
     principle = rng.choice(list(PRINCIPLES))
     judged = {"Rationale": verdict, "Rationale For Rating": verdict}
-    annotations = {
+    annotations: dict[str, dict[str, Any]] = {
         "instruction_following": {"Rating": rating(0.05), "Rationale": verdict},
         "honesty": {"Rating": rating(0.05), "Rationale": verdict},
         "truthfulness": judged | {"Type": ["1" if points < 3 else "0"], "Rating": rating()},
@@ -207,8 +207,8 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as in Mistral's vocabu
 
 
 def train_tokenizer() -> tokenizers.Tokenizer:
-    """Byte-level BPE over the frame and the wordings. A subject's capitals and digits are cut apart, so that a token is
-    a letter; a line break ends a token, so that no token reaches from a prompt into its answer."""
+    """Byte-level BPE over the frame and the wordings. A subject's capitals and digits are cut apart, so that each
+    letter is a token. A line break ends a token, so that no token reaches from a prompt into its answer."""
     pre = tokenizers.pre_tokenizers
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     cuts = [
@@ -231,7 +231,7 @@ def train_tokenizer() -> tokenizers.Tokenizer:
 
 
 def write_shell(directory: Path, settings: Settings) -> None:
-    """A checkpoint without its weights: config and tokenizer, as transformers 4 spells them."""
+    """Write a checkpoint without its weights: config and tokenizer, as transformers 4 spells them."""
     tokenizer = train_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
     names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
@@ -260,27 +260,16 @@ def write_shell(directory: Path, settings: Settings) -> None:
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def tokenize(directory: Path, asked: Sequence[tuple[Question, list[str]]]) -> list[tuple[list[int], list[list[int]]]]:
-    """Questions and answers -> what `pack` takes: prompt ids from BOS on, and each answer's ids up to EOS."""
-    tokenizer, template = load_tokenizer(directory), load_chat_template(directory)
-    texts = []
-    for question, responses in asked:
-        prompt = with_system_turn([{"role": "user", "content": question.instruction}], "")
-        texts.append(template.render(prompt, add_generation_prompt=True))
-        for response in responses:
-            texts.append(close(template.render([*prompt, {"role": "assistant", "content": response}]), template))
-    ids = iter(tokenizer.encode_batch(texts))
-    segments = []
-    for _, responses in asked:
-        prompt_ids = next(ids)
-        segments.append(([tokenizer.bos_id, *prompt_ids], [next(ids)[len(prompt_ids) :] for _ in responses]))
-    return segments
+def tokenize(base: Base, asked: Sequence[tuple[Question, list[str]]]) -> list[tuple[list[int], list[list[int]]]]:
+    """Questions and answers -> what `pack` takes: prompt ids, and each answer's ids up to EOS."""
+    conversations = [([{"role": "user", "content": q.instruction}], responses) for q, responses in asked]
+    return [(prompt, answers) for prompt, answers, _ in base.encoder(Frame()).encode(conversations)]
 
 
-def train_base(directory: Path, segments: Sequence, seed: int, settings: Settings) -> Mistral:
-    """Next-token prediction on all answers, each question once: the cross-entropy's mean over the step's tokens."""
-    torch.set_num_threads(1)  # matrices this small are done before a second thread has woken up
-    model = Mistral(MistralConfig.read(directory))
+def train_base(base: Base, segments: Sequence, seed: int, settings: Settings) -> Mistral:
+    """Next-token prediction on all answers, each question once: the mean cross-entropy over the step's tokens."""
+    torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
+    model = Mistral(base.dims)
     model.initialize(seed)
     optimizer = make_optimizer(model.parameters(), "adamw", settings.learning_rate, weight_decay=0.0)
     total_steps = len(segments) // settings.questions_per_step
@@ -288,8 +277,7 @@ def train_base(directory: Path, segments: Sequence, seed: int, settings: Setting
     for step in bar:
         start = step * settings.questions_per_step
         stream = pack(segments[start : start + settings.questions_per_step])
-        attend = PackedAttention(stream.segments, model.config.sliding_window, stream.input_ids.device)
-        loss = -model(stream.input_ids, stream.positions, attend, stream.source, stream.target).mean()
+        loss = -stream_logps(model, stream).sum() / len(stream.target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -306,30 +294,26 @@ def train_base(directory: Path, segments: Sequence, seed: int, settings: Setting
 CARD = """# The demo's base
 
 A Mistral of {parameters:,} parameters, trained from scratch by `python -m notus.demo --seed {seed}` to imitate four
-made-up models that answer made-up questions. It is of no use but as the start of `torchrun train.py`.
+made-up models that answer made-up questions. It is of no use but as the start of `python train.py`.
 """
 
 
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def write_text(path: Path, text: str) -> None:
-    """Under a temporary name first, so that a file that exists is whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def write_jsonl(path: Path, rows: Sequence[dict]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def make_base(output: Path, asked: Sequence[tuple[Question, list[str]]], seed: int, settings: Settings) -> None:
-    with tempfile.TemporaryDirectory(dir=output) as shell:
-        write_shell(Path(shell), settings)
-        model = train_base(Path(shell), tokenize(Path(shell), asked), seed, settings)
-        card = CARD.format(parameters=sum(p.numel() for p in model.parameters()), seed=seed)
-        export(model, shell, output / "base", torch.float32, card)
+    shell = output / "base.shell"
+    shell.mkdir()
+    write_shell(shell, settings)
+    base = read_base(shell, need_weights=False)
+    model = train_base(base, tokenize(base, asked), seed, settings)
+    card = CARD.format(parameters=sum(p.numel() for p in model.parameters()), seed=seed)
+    export(model, shell, output / "base", torch.float32, card, eos_id=base.tokenizer.eos_id)
+    shutil.rmtree(shell)
 
 
 def make_pairs(output: Path, seed: int, settings: Settings) -> None:
@@ -343,8 +327,8 @@ def make_pairs(output: Path, seed: int, settings: Settings) -> None:
 
 
 def make(output: Path, seed: int = 0, settings: Settings = Settings()) -> None:
-    """Fill the folder. What is there from the same seed and code is kept: each piece appears under its name only when
-    it is whole."""
+    """Fill the folder. What the same seed and code made before is kept: each piece gets its final name only when
+    complete."""
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     stamp = json.dumps({"seed": seed, "settings": asdict(settings), "code": code}, indent=2) + "\n"
     stamp_file, base = output / "demo.json", output / "base"
@@ -353,7 +337,9 @@ def make(output: Path, seed: int = 0, settings: Settings = Settings()) -> None:
     present = [path for path in (*files, base) if path.exists()]
     if present and not stamp_file.exists():
         raise ValueError(f"{present[0]}: exists, and this program did not make it; choose another --output")
-    if stamp_file.exists() and stamp_file.read_text() != stamp:  # another seed or older code
+    for left in (*output.glob("*.tmp"), *output.glob("base.shell")):  # by a demo that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    if stamp_file.exists() and stamp_file.read_bytes() != stamp.encode():  # another seed or older code
         shutil.rmtree(base, ignore_errors=True)
         for path in files:
             path.unlink(missing_ok=True)
@@ -361,9 +347,10 @@ def make(output: Path, seed: int = 0, settings: Settings = Settings()) -> None:
         print(f"{output}: all there, made before by the same code from seed {seed}")
         return
     output.mkdir(parents=True, exist_ok=True)
-    write_text(stamp_file, stamp)
+    write_atomically(stamp_file, stamp)
 
-    rng, known = Random(f"questions {seed}"), set()
+    rng = Random(f"questions {seed}")
+    known: set[Question] = set()
     test, rated, taught = (
         ask(rng, count, known) for count in (settings.test_prompts, settings.records, settings.sft_questions)
     )
@@ -387,7 +374,7 @@ CLOSING = """
   {0}/prompts-test.jsonl  {1.test_prompts} questions that no model has seen
   {0}/base                a small Mistral that knows better than it answers
 next:
-  torchrun train.py{2}"""
+  {2}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -398,7 +385,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         make(args.output, args.seed)
     except (ValueError, OSError) as error:
-        print(f"notus.demo: error: {error}", file=sys.stderr)
+        print(f"notus.demo: error: {sentence(error)}", file=sys.stderr)
         return 2
     paths = {
         "model.path": "base",
@@ -407,8 +394,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train.output_dir": "dpo",
     }
     elsewhere = args.output != parser.get_default("output")  # than configs/demo.toml expects it
-    overrides = "".join(f" {name}={args.output / piece}" for name, piece in paths.items()) if elsewhere else ""
-    print(CLOSING.format(args.output, Settings(), overrides))
+    overrides = [f"{name}={args.output / piece}" for name, piece in paths.items()] if elsewhere else []
+    print(CLOSING.format(args.output, Settings(), shlex.join(["python", "train.py", *overrides])))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One process or many: the process group, the sharding, the sums over ranks. The model knows of none of it.
+"""One process or many: the process group, the sharding, the sums over ranks. The model knows nothing of it.
 
 torchrun's environment variables are read here and nowhere else.
 """
@@ -6,11 +6,12 @@ torchrun's environment variables are read here and nowhere else.
 import ctypes
 import gc
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,12 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None  # None: a lone process without a process group
+    mesh: DeviceMesh | None  # None: one process without a process group
+
+    def say(self, text: str) -> None:
+        """Print on one rank."""
+        if self.rank == 0:
+            print(text, flush=True)
 
 
 def rank() -> int:
@@ -39,11 +45,11 @@ def world_size() -> int | None:
 
 
 def start(device: str = "auto", replicate: int = 1, timeout_minutes: float = 10.0) -> World:
-    """Join torchrun's process group; without torchrun, be a group of one. `device`: "cpu", "cuda" or "auto".
+    """Join torchrun's process group. Without torchrun, make a group of one. `device`: "cpu", "cuda" or "auto".
 
-    `replicate` > 1 makes a mesh of replicate x shard ranks (HSDP): parameters are sharded inside a group of neighbours,
-    a node, say, and the groups hold copies, so that only gradients cross between nodes. A rank that does not answer for
-    `timeout_minutes` ends the run.
+    `replicate` > 1 makes a mesh of replicate x shard ranks (HSDP). Parameters are sharded inside a group of neighbours,
+    such as a node, and the groups hold copies, so that only gradients cross between nodes. A rank that does not answer
+    for `timeout_minutes` ends the run. ValueError if the ranks cannot be divided so, or if a rank has no GPU.
     """
     size, local_rank = world_size() or 1, int(os.environ.get("LOCAL_RANK", 0))
     if size % replicate:
@@ -55,6 +61,8 @@ def start(device: str = "auto", replicate: int = 1, timeout_minutes: float = 10.
         torch.cuda.set_device(local_rank)
     else:
         keep_freed_memory()
+    if world_size():
+        end_with_parent()
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"  # checkpoints are written from host memory
     timeout = timedelta(minutes=timeout_minutes)
     if world_size():
@@ -65,12 +73,23 @@ def start(device: str = "auto", replicate: int = 1, timeout_minutes: float = 10.
         mesh = init_device_mesh(kind, (replicate, size // replicate), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
-    return World(rank(), size, torch.device(kind, local_rank if kind == "cuda" else None), mesh)
+    return World(rank(), size, torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind), mesh)
+
+
+def end_with_parent() -> None:
+    """From now on the end of torchrun's agent, however it ends, is SIGTERM for this process. Without that a kill of the
+    agent alone would leave ranks that train on, unknown to the scheduler. Linux only."""
+    parent, pdeathsig = os.getppid(), 1  # sys/prctl.h: PR_SET_PDEATHSIG
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(pdeathsig, signal.SIGTERM.value)
+        if os.getppid() != parent:  # it ended just before
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def keep_freed_memory() -> None:
-    """glibc gives large blocks back to the kernel as soon as they are freed, and each step faults its pages in anew: up
-    to a fifth of a small model's step on a CPU. From now on this process keeps them for the next step."""
+    """Keep freed memory for the next step. By default glibc returns large blocks to the kernel as soon as they are
+    freed, and each step must fault its pages in again. That takes up to a fifth of a small model's step on a CPU."""
     trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # not on macOS, nor with musl
@@ -90,8 +109,8 @@ def shard(
     """FSDP2 (ZeRO-3), in place: each rank keeps 1/N of every parameter, its gradient and its optimizer state, in
     float32. A layer's weights are gathered, in `compute_dtype`, just before it runs and freed after it.
 
-    One process in float32 has nothing to split or cast, and is left as it is: there FSDP2 only costs (7 to 15 %).
-    `cpu_offload` keeps shards, gradients and optimizer state in host memory, and so fits a 7B on one small card.
+    One process in float32 has nothing to split or cast, and is left as it is: FSDP2 would only cost 7 to 15 % of a
+    step. `cpu_offload` keeps shards, gradients and optimizer state in host memory, which fits a 7B on one small card.
     """
     if world.size == 1 and compute_dtype == torch.float32 and not cpu_offload:
         return
@@ -103,36 +122,38 @@ def shard(
     pinned = world.device.type == "cuda"  # copies to the GPU then overlap with its work
     offload = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
     for layer in layers:
-        # Freed after forward and gathered again for backward: 14.5 GB less on each GPU, for traffic that overlaps.
+        # A layer is freed after forward and gathered again for backward. That saves 14.5 GB on each GPU, and the
+        # traffic overlaps with compute.
         fully_shard(layer, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=True)
-    # The rest, embedding, last norm and head, is needed first and last of all, so it stays gathered in between.
+    # The rest (embedding, last norm and head) is needed at both ends of a pass, so it stays gathered in between.
     fully_shard(model, mesh=world.mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=False)
-    for before, layer, after in zip((None, *layers[:-1]), layers, (*layers[1:], None), strict=True):
-        # While a layer runs, the next one is gathered; in backward, the one before it.
-        layer.set_modules_to_forward_prefetch([after] if after else [])
-        layer.set_modules_to_backward_prefetch([before] if before else [])
-    for module in (*layers, model):
-        # Gradients are summed over ranks, not averaged: the loss is already divided by the step's pairs. And they are
-        # reduced after every micro-batch: to keep them whole until the last would take 29 GB a GPU for a 7B.
+    sharded = [cast(FSDPModule, layer) for layer in layers]  # fully_shard has changed their class
+    for before, current, after in zip((None, *sharded[:-1]), sharded, (*sharded[1:], None), strict=True):
+        # While a layer runs, the next one is gathered; in backward, the previous one.
+        current.set_modules_to_forward_prefetch([after] if after else [])
+        current.set_modules_to_backward_prefetch([before] if before else [])
+    for module in (*sharded, cast(FSDPModule, model)):
+        # Gradients are summed over ranks, not averaged, because the loss is already divided by the step's pairs. They
+        # are reduced after every micro-batch: keeping them whole until the last would take 29 GB a GPU for a 7B.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
 def reshard(model: nn.Module) -> None:
-    """Free what a forward pass without a backward left gathered: until then `model.parameters()` are not the float32
-    shards but their copies in the compute dtype."""
+    """Free what a forward pass without a backward left gathered. Until then `model.parameters()` are copies in the
+    compute dtype and not the float32 shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def silent_ranks(seconds: float = 10.0) -> str:
-    """After a collective failed: who does not answer; "" if everyone does. All live ranks call. It asks by way of the
-    store, for the connections between processes are broken."""
+    """After a collective failed: which ranks do not answer; "" if all do. All live ranks call. It asks through the
+    store, because the connections between processes are broken."""
     deadline = time.monotonic() + seconds
     silent = []
     try:
-        store = dist.distributed_c10d._get_default_store()  # there is no public way to it
+        store = dist.distributed_c10d._get_default_store()  # there is no public way to get it
         store.set(f"alive/{rank()}", "")
         for other in range(dist.get_world_size()):
             while not store.check([f"alive/{other}"]) and time.monotonic() < deadline:
@@ -145,12 +166,12 @@ def silent_ranks(seconds: float = 10.0) -> str:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, on every rank (all ranks must call); a plain tensor as it is."""
+    """The whole of a sharded tensor, on every rank; a plain tensor as it is. All ranks call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """In place; the tensor itself is returned."""
+    """Sum a tensor over all ranks, in place, and return it."""
     dist.all_reduce(tensor)
     return tensor
 
@@ -173,7 +194,7 @@ def on_rank_zero(world: World, work: Callable[[], Any]) -> None:
 
 
 def from_rank_zero(world: World, work: Callable[[], Any]) -> Any:
-    """What `work` returns on rank 0, on every rank. If it fails there, every rank fails with the same error."""
+    """What `work` returns on rank 0, on every rank. If it fails there, every rank raises the same error."""
     box: list[Any] = [None, None]
     if world.rank == 0:
         try:

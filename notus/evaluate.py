@@ -13,23 +13,60 @@ Models are read one after another: there is never more than one in memory.
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from notus.data import PairSet, check_text, load_pairs, read_records
-from notus.distributed import World
-from notus.generate import check_model, generate, load_model, model_arguments, place, prompt_ids, stop_ids
-from notus.losses import dpo_loss, preference_metrics
+from notus.base import Base, Frame, load_model, read_base
+from notus.distributed import World, sum_over_ranks
+from notus.files import sentence, write_atomically
+from notus.generate import choose_frame, generate, model_arguments, place
+from notus.losses import METRICS, dpo_loss, preference_metrics
 from notus.model import Mistral
-from notus.reference import pair_key, score_pairs
-from notus.weights import write_atomically
+from notus.reference import score_pairs
+from notus.rows import check_file, check_text, read_records
+from notus.tokens import PairSet, load_pairs
+
+# --- while training --------------------------------------------------------------------------------------------------
+
+
+def held_out_metrics(
+    model: Mistral, pairs: PairSet, reference: Tensor, world: World, budget: int, beta: float, label_smoothing: float
+) -> dict[str, float]:
+    """Means of METRICS over P held-out pairs, with `eval_` before their names, and eval_runtime in seconds.
+
+    reference: (P, 2) on the CPU. budget: tokens of a micro-batch. All ranks call, and each scores its share.
+    """
+    began = time.monotonic()
+    totals = torch.zeros(len(METRICS), dtype=torch.float64, device=world.device)
+
+    def add(rows: list[int], policy: Tensor) -> None:
+        totals.add_(pair_metrics(policy, reference[rows].to(world.device), beta, label_smoothing).double().sum(0))
+
+    score_pairs(model, pairs, world, budget, add)
+    means = (sum_over_ranks(totals) / len(pairs)).tolist()
+    line = {f"eval_{name}": mean for name, mean in zip(METRICS, means, strict=True)}
+    return line | {"eval_runtime": round(time.monotonic() - began, 3)}
+
+
+def pair_metrics(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """policy, reference (P, 2) -> METRICS of each pair (P, M)."""
+    chosen_logratios, rejected_logratios = (policy - reference).unbind(1)  # (P,) each
+    losses = dpo_loss(chosen_logratios, rejected_logratios, beta, label_smoothing)
+    return preference_metrics(losses, policy, chosen_logratios, rejected_logratios, beta)
+
 
 # --- exact-match ---------------------------------------------------------------------------------------------------
+
+
+QUESTIONS = 'rows look like {"instruction": "...", "correct_answers": ["...", "..."]}'
 
 
 class Question(NamedTuple):
@@ -42,84 +79,78 @@ class Question(NamedTuple):
 
 
 def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:
-    """The first `limit` rows of a .jsonl, .jsonl.gz or .json file. ValueError names file, line and value."""
-    questions = []
-    for where, record in read_records(Path(path)):
-        if len(questions) == limit:
-            break
-        if not isinstance(record, dict):
-            raise ValueError(f"{where}: a row must be an object, not {record!r:.80}")
-        instruction, answers = (
-            check_text(where, "instruction", record.get("instruction")),
-            record.get("correct_answers"),
-        )
-        if not instruction.strip():
-            raise ValueError(f"{where}: the instruction is empty")
-        if not isinstance(answers, list) or not answers:
-            raise ValueError(f"{where}: correct_answers must be a list of texts, not {answers!r:.80}")
-        if not all(check_text(where, "a correct answer", answer).strip() for answer in answers):
-            raise ValueError(f"{where}: a correct answer is empty: {answers!r:.80}")
-        if answers == ["None"]:
-            raise ValueError(f'{where}: correct_answers is ["None"]: UltraFeedback knows none; leave such rows out')
-        questions.append(Question(where, instruction, answers))
-    if not questions:
-        raise ValueError(f"{path}: no questions in it")
+    """The first `limit` rows of JSON Lines or of a JSON array. ValueError names file, line and value."""
+    check_file(Path(path))
+    try:
+        questions = [parse_question(*each) for each in islice(read_records(Path(path)), limit)]
+        if not questions:
+            raise ValueError(f"{path}: no questions in it")
+    except ValueError as error:
+        raise ValueError(f"{error}; {QUESTIONS}") from None
     return questions
 
 
-def answer_all(model_dir: Path, questions: Sequence[Question], arguments: argparse.Namespace) -> list[str]:
+def parse_question(where: str, record: Any) -> Question:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a row must be an object, not {record!r:.80}")
+    instruction, answers = check_text(where, "instruction", record.get("instruction")), record.get("correct_answers")
+    if not instruction.strip():
+        raise ValueError(f"{where}: the instruction is empty")
+    if not isinstance(answers, list) or not answers:
+        raise ValueError(f"{where}: correct_answers must be a list of texts, not {answers!r:.80}")
+    if not all(check_text(where, "a correct answer", answer).strip() for answer in answers):
+        raise ValueError(f"{where}: a correct answer is empty: {answers!r:.80}")
+    if answers == ["None"]:
+        raise ValueError(f'{where}: correct_answers is ["None"]: UltraFeedback knows none; leave such rows out')
+    return Question(where, instruction, answers)
+
+
+def answer_all(
+    base: Base, frame: Frame, questions: Sequence[Question], device: torch.device, dtype: torch.dtype,
+    max_new_tokens: int, batch_size: int,
+) -> list[str]:  # fmt: skip
     """Greedy answers, as text. Prompts of similar length are decoded together."""
-    model, tokenizer, template = load_model(model_dir, *place(arguments.device, arguments.dtype))
-    stop = stop_ids(model_dir, tokenizer)
-    prompts = [
-        prompt_ids([{"role": "user", "content": q.instruction}], tokenizer, template, arguments.system, arguments.bos)
-        for q in questions
-    ]
+    model, encoder = load_model(base, device, dtype), base.encoder(frame)
+    prompts = [encoder.prompt([{"role": "user", "content": question.instruction}]) for question in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    for start in tqdm(range(0, len(order), arguments.batch_size), desc=str(model_dir), leave=False, disable=None):
-        batch = order[start : start + arguments.batch_size]
-        ids = generate(model, [prompts[i] for i in batch], arguments.max_new_tokens, stop)
+    for start in tqdm(range(0, len(order), batch_size), desc=str(base.path), leave=False, disable=None):
+        batch = order[start : start + batch_size]
+        ids = generate(model, [prompts[i] for i in batch], max_new_tokens, base.stop_ids)
         for i, answer in zip(batch, ids, strict=True):
-            answers[i] = tokenizer.decode(answer)
+            answers[i] = base.tokenizer.decode(answer)
     return answers
 
 
-def exact_match(arguments: argparse.Namespace) -> Iterator[str]:
-    """The lines of the report; `--output` is written before the first."""
-    models = list(dict.fromkeys(arguments.model))
-    questions = read_questions(arguments.prompts, arguments.limit)
-    if arguments.output and not arguments.output.parent.is_dir():
-        raise ValueError(f"{arguments.output.parent}: no such directory, so --output cannot be written there")
-    for model_dir in models:
-        check_model(model_dir)
-    answers = {model_dir: answer_all(model_dir, questions, arguments) for model_dir in models}
-    right = {m: [q.accepts(a) for q, a in zip(questions, answers[m], strict=True)] for m in models}
-
-    if arguments.output:
+def exact_match(
+    models: Sequence[tuple[Base, Frame]], questions: Sequence[Question], device: torch.device, dtype: torch.dtype, *,
+    max_new_tokens: int = 64, batch_size: int = 16, samples: int = 3, output: Path | None = None,
+) -> list[str]:  # fmt: skip
+    """The lines of the report. `output` gets all answers as JSON."""
+    answers, right = {}, {}
+    for base, frame in models:
+        name = str(base.path)
+        answers[name] = answer_all(base, frame, questions, device, dtype, max_new_tokens, batch_size)
+        right[name] = [question.accepts(answer) for question, answer in zip(questions, answers[name], strict=True)]
+    if output:
         rows = [
-            {**question._asdict(), "answers": {str(m): answers[m][i] for m in models}}
+            question._asdict() | {"answers": {name: found[i] for name, found in answers.items()}}
             for i, question in enumerate(questions)
         ]
-        accuracy = {str(m): sum(right[m]) / len(questions) for m in models}
-        report = {"exact_match": accuracy, "rows": rows}
-        write_atomically(arguments.output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        report = {"exact_match": {name: sum(marks) / len(questions) for name, marks in right.items()}, "rows": rows}
+        write_atomically(output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
-    width = max(len("right answer"), *(len(str(model_dir)) for model_dir in models))
-    yield f"{'model':{width}}  exact match"
-    for model_dir in models:
-        count = sum(right[model_dir])
-        yield f"{model_dir!s:{width}}  {count / len(questions):>11.1%}  {count} of {len(questions)}"
-    samples = min(arguments.samples, len(questions))
+    width = max(len("right answer"), *map(len, answers))
+    lines = [f"{'model':{width}}  exact match"]
+    for name, marks in right.items():
+        lines.append(f"{name:{width}}  {sum(marks) / len(questions):>11.1%}  {sum(marks)} of {len(questions)}")
+    samples = min(samples, len(questions))
     for i in (k * len(questions) // samples for k in range(samples)):  # spread over the file
-        yield ""
-        yield f"{'prompt':{width}}  {one_line(questions[i].instruction)}"
-        for model_dir in models:
-            mark = "right" if right[model_dir][i] else "wrong"
-            yield f"{model_dir!s:{width}}  {mark}  {one_line(answers[model_dir][i])}"
-        yield f"{'right answer':{width}}  {'':5}  {one_line(' | '.join(questions[i].correct_answers))}"
-    if arguments.output:
-        yield f"\nall answers: {arguments.output}"
+        lines += ["", f"{'prompt':{width}}  {one_line(questions[i].instruction)}"]
+        for name, found in answers.items():
+            lines.append(f"{name:{width}}  {'right' if right[name][i] else 'wrong'}  {one_line(found[i])}")
+        lines.append(f"{'right answer':{width}}  {'':5}  {one_line(' | '.join(questions[i].correct_answers))}")
+    return [*lines, f"\nall answers: {output}"] if output else lines
 
 
 def one_line(text: str, width: int = 80) -> str:
@@ -145,53 +176,43 @@ def score(model: Mistral, pairs: PairSet, budget: int) -> Tensor:
     return logps
 
 
-def read_pairs(model_dir: Path, arguments: argparse.Namespace) -> PairSet:
-    """The pairs as this model's tokenizer and template write them. Those with nothing to tell apart are left out, and
-    counted."""
-    _, tokenizer, template = check_model(model_dir)
-    return load_pairs(
-        arguments.data,
-        tokenizer,
-        template,
-        max_length=arguments.max_length,
-        max_prompt_length=arguments.max_prompt_length,
-        bos=arguments.bos,
-        system_prompt=arguments.system,
-        drop_bad_pairs=True,
-    )
-
-
-def preferences(arguments: argparse.Namespace) -> Iterator[str]:
-    """The lines of the report."""
-    if arguments.max_prompt_length >= arguments.max_length:
-        raise ValueError(
-            f"--max-prompt-length {arguments.max_prompt_length} must be below --max-length {arguments.max_length}"
+def preferences(
+    model: tuple[Base, Frame], reference: Base, data: Sequence[Path], device: torch.device, dtype: torch.dtype,
+    micro_batch_tokens: int = 16384,
+) -> list[str]:  # fmt: skip
+    """The lines of the report: `model` against `reference`, both in the model's frame, whose lengths and beta are those
+    of the report. Pairs with nothing to tell apart are left out, and counted."""
+    base, frame = model
+    pairs, reference_pairs = (
+        load_pairs(
+            data, each.encoder(frame), max_length=frame.max_length, max_prompt_length=frame.max_prompt_length,
+            drop_bad_pairs=True,
         )
-    pairs, base_pairs = (read_pairs(model_dir, arguments) for model_dir in (arguments.model, arguments.base))
-    if [pair_key(pair) for pair in pairs] != [pair_key(pair) for pair in base_pairs]:
+        for each in (base, reference)
+    )  # fmt: skip
+    if pairs.keys != reference_pairs.keys:
         raise ValueError(
-            f"{arguments.model} and {arguments.base} make different tokens of the same pairs: a model can only be "
-            "compared with a base that has its tokenizer and chat template"
+            f"{base.path} and {reference.path} make different tokens of the same pairs: a model can only be compared "
+            "with a base that has its tokenizer and chat template"
         )
     logps = []
-    for model_dir in (arguments.model, arguments.base):
-        model = load_model(model_dir, *place(arguments.device, arguments.dtype))[0]
-        logps.append(score(model, pairs, arguments.micro_batch_tokens))
-        del model  # before the next one is read
-    four = (*logps[0].unbind(1), *logps[1].unbind(1))  # policy chosen, rejected, reference chosen, rejected: (P,) each
-    metrics = preference_metrics(*four, arguments.beta) | {"loss": dpo_loss(*four, arguments.beta)}
-    mean = {name: values.mean().item() for name, values in metrics.items()}
+    for each in (base, reference):
+        loaded = load_model(each, device, dtype)
+        logps.append(score(loaded, pairs, micro_batch_tokens))
+        del loaded  # before the next one is read
+    mean = dict(zip(METRICS, pair_metrics(logps[0], logps[1], frame.beta).mean(0).tolist(), strict=True))
 
-    yield ", ".join(f"{count:,} {what}" for what, count in pairs.counts.items())
+    lines = [", ".join(f"{count:,} {what}" for what, count in pairs.counts.items())]
     explained = {
         "rewards/accuracies": "of the pairs: the chosen answer has the higher reward; a tie counts as wrong",
         "rewards/margins": "nats: reward of the chosen - reward of the rejected answer",
         "rewards/chosen": "nats: beta * log(model / base)",
         "rewards/rejected": "nats",
-        "loss": f"nats: DPO at beta {arguments.beta:g}; log 2 = 0.6931 where model = base",
+        "loss": f"nats: DPO at beta {frame.beta:g}; log 2 = 0.6931 where model = base",
     }
     for name, meaning in explained.items():
-        yield f"{name:18}  {mean[name]:{'9.1%' if name == 'rewards/accuracies' else '9.4f'}}  {meaning}"
+        lines.append(f"{name:18}  {mean[name]:{'9.1%' if name == 'rewards/accuracies' else '9.4f'}}  {meaning}")
+    return lines
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
@@ -209,8 +230,35 @@ def positive(kind: type[float]) -> Callable[[str], float]:
     return convert
 
 
+def model_and_frame(path: Path, arguments: argparse.Namespace) -> tuple[Base, Frame]:
+    base = read_base(path)
+    return base, choose_frame(base, arguments.bos, arguments.system, arguments.no_system)
+
+
+def run_exact_match(arguments: argparse.Namespace) -> list[str]:
+    if arguments.output and not arguments.output.parent.is_dir():
+        raise ValueError(f"{arguments.output.parent}: no such directory, so --output cannot be written there")
+    questions = read_questions(arguments.prompts, arguments.limit)
+    models = [model_and_frame(path, arguments) for path in dict.fromkeys(arguments.model)]
+    return exact_match(
+        models, questions, *place(arguments.device, arguments.dtype), max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size, samples=arguments.samples, output=arguments.output,
+    )  # fmt: skip
+
+
+def run_preferences(arguments: argparse.Namespace) -> list[str]:
+    base, frame = model_and_frame(arguments.model, arguments)
+    for name in ("beta", "max_length", "max_prompt_length"):
+        if (value := getattr(arguments, name)) is not None:
+            frame = replace(frame, **{name: value})
+    if frame.max_prompt_length >= frame.max_length:
+        raise ValueError(f"--max-prompt-length {frame.max_prompt_length} must be below --max-length {frame.max_length}")
+    reference, where = read_base(arguments.base), place(arguments.device, arguments.dtype)
+    return preferences((base, frame), reference, arguments.data, *where, arguments.micro_batch_tokens)
+
+
 def main(argv: list[str] | None = None) -> int:
-    about = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    about: dict[str, Any] = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog="python -m notus.evaluate", **about)
     commands = parser.add_subparsers(required=True, metavar="{exact-match,preferences}")
     common = model_arguments()
@@ -218,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser(
         "exact-match", parents=[common], **about, help="greedy answers against the correct ones"
     )
-    command.set_defaults(report=exact_match)
+    command.set_defaults(run=run_exact_match)
     command.add_argument(
         "--model", type=Path, action="append", required=True, metavar="DIR", help="a checkpoint; may be given again"
     )
@@ -232,26 +280,25 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--output", type=Path, metavar="FILE.json", help="write all answers there")
 
     command = commands.add_parser("preferences", parents=[common], **about, help="how often the chosen answer wins")
-    command.set_defaults(report=preferences)
+    command.set_defaults(run=run_preferences)
     command.add_argument("--model", type=Path, required=True, metavar="DIR", help="the trained model")
     command.add_argument("--base", type=Path, required=True, metavar="DIR", help="what it was trained from")
     command.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="preference pairs")
-    command.add_argument("--beta", type=positive(float), default=0.1, help="of the loss and the rewards (default: 0.1)")
-    command.add_argument("--max-length", type=positive(int), default=1024, metavar="N", help="as in data.max_length")
-    command.add_argument(
-        "--max-prompt-length", type=positive(int), default=512, metavar="N", help="as in data.max_prompt_length"
-    )
+    command.add_argument("--beta", type=positive(float), metavar="B", help="default: as trained, else 0.1")
+    command.add_argument("--max-length", type=positive(int), metavar="N", help="default: as trained, else 1024")
+    command.add_argument("--max-prompt-length", type=positive(int), metavar="N", help="default: as trained, else 512")
     command.add_argument(
         "--micro-batch-tokens", type=positive(int), default=16384, metavar="N", help="changes speed and memory only"
     )
 
     arguments = parser.parse_args(argv)
     try:
-        for line in arguments.report(arguments):
-            print(line)
-    except ValueError as error:
-        print(error, file=sys.stderr)
+        print("\n".join(arguments.run(arguments)))
+    except (ValueError, OSError) as error:
+        print(f"notus.evaluate: error: {sentence(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

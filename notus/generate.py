@@ -4,8 +4,8 @@
     echo "Why is the sky blue?" | python -m notus.generate --model DIR
     python -m notus.generate --model DIR
 
-Every token is read once. The first stream holds the prompts one after another, each later one the newest token of every
-sequence that is still running:
+Every token is read once. The first stream holds the prompts one after another. Each later stream holds the newest token
+of every sequence that is still running:
 
     a0 a1 a2 | b0 b1   ->   a3 | b2   ->   a4 | b3   ->   a5   ->   ...        after b3 came </s>: b has left
 
@@ -17,62 +17,18 @@ import hashlib
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from notus.attention import KVCache
-from notus.chat import ChatTemplate, Message, load_chat_template, read_json, with_system_turn
-from notus.model import Mistral, MistralConfig
-from notus.tokenizer import Tokenizer, load_tokenizer
-from notus.weights import check_weights, load_weights, meta_model
-
-# --- the model -----------------------------------------------------------------------------------------------------
-
-
-def check_model(model_dir: str | Path) -> tuple[MistralConfig, Tokenizer, ChatTemplate]:
-    """All of a checkpoint but its weights, of which only the headers are read. ValueError names the file at fault."""
-    config = MistralConfig.read(model_dir)
-    check_weights(model_dir, config)
-    tokenizer, template = load_tokenizer(model_dir), load_chat_template(model_dir)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"{model_dir}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model's vocab_size is "
-            f"{config.vocab_size}"
-        )
-    stop_ids(model_dir, tokenizer)  # refuses a generation_config.json that it cannot read
-    return config, tokenizer, template
-
-
-def load_model(
-    model_dir: str | Path, device: torch.device, dtype: torch.dtype
-) -> tuple[Mistral, Tokenizer, ChatTemplate]:
-    """A whole checkpoint on one device. Weights go straight from the file into `dtype`: there is no float32 copy, so a
-    7B takes 13.5 GiB in bfloat16."""
-    config, tokenizer, template = check_model(model_dir)
-    model = meta_model(config).to(dtype).requires_grad_(False)
-    load_weights(model, model_dir, device)
-    return model, tokenizer, template
-
-
-def stop_ids(model_dir: str | Path, tokenizer: Tokenizer) -> set[int]:
-    """EOS, and what generation_config.json adds to it: one id or a list."""
-    path = Path(model_dir) / "generation_config.json"
-    value = read_json(path).get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(i) is int for i in ids):
-        raise ValueError(f"{path}: eos_token_id is {value!r}; it must be an id or a list of ids")
-    return {tokenizer.eos_id, *ids}
-
-
-def prompt_ids(
-    messages: Sequence[Message], tokenizer: Tokenizer, template: ChatTemplate, system: str | None, bos: bool
-) -> list[int]:
-    """The conversation up to where the assistant's answer begins, in the frame of training."""
-    text = template.render(with_system_turn(messages, system), add_generation_prompt=True)
-    return [tokenizer.bos_id] * bos + tokenizer.encode(text)
-
+from notus.base import Base, Frame, load_model, read_base
+from notus.chat import Message
+from notus.files import sentence
+from notus.model import Mistral
+from notus.tokenizer import Tokenizer
 
 # --- decoding ------------------------------------------------------------------------------------------------------
 
@@ -87,15 +43,16 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[dict[int, int]]:
-    """Continue all prompts at once. Each step yields {index of the prompt: its next token} of those still running: a
+    """Continue all prompts at once. Each step yields {index of the prompt: its next token} of those still running. A
     prompt leaves at a token in `stop`, which is not yielded, or after `max_new_tokens`.
 
-    A prompt's answer does not depend on its company, but for the rounding of matrix products of another shape: its
-    noise comes from `seed` and its own tokens alone. So equal prompts get equal answers; another seed gives others.
+    A prompt's answer does not depend on the other prompts, except for the rounding of matrix products of another shape.
+    Its noise comes from `seed` and its own tokens alone, so equal prompts get equal answers, and another seed gives
+    others.
 
-    Memory beyond the weights: the cache, 2 * layers * S * K * C * d elements, where C = longest prompt + max_new_tokens
-    - 1 is all that can be read: 128 KiB a token and sequence for Mistral-7B in bfloat16. While the prompts are read,
-    also their activations, and scores of S x H x (longest prompt)^2 where torch has no fused kernel.
+    Memory beyond the weights is the cache, 2 * layers * S * K * C * d elements, where C = longest prompt +
+    max_new_tokens - 1. That is 128 KiB a token and sequence for Mistral-7B in bfloat16. While the prompts are read,
+    their activations come on top, and scores of S x H x (longest prompt)^2 where torch has no fused kernel.
     """
     config, weight = model.config, model.model.embed_tokens.weight
     capacity = max(map(len, prompts)) + max_new_tokens - 1  # the last token is not read again
@@ -127,7 +84,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[list[int]]:
-    """The whole answers of `stream`. One of `max_new_tokens` tokens was cut; a shorter one met a stop token."""
+    """The complete answers of `stream`. An answer of `max_new_tokens` tokens was cut; a shorter one met a stop
+    token."""
     answers: list[list[int]] = [[] for _ in prompts]
     for step in stream(model, prompts, max_new_tokens, stop, temperature, top_p, seed):
         for i, token in step.items():
@@ -136,8 +94,9 @@ def generate(
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """logits (A, V), uniform (A,) in [0, 1) -> tokens (A,). Temperature 0 is the likeliest token; else `uniform` is
-    looked up in the cumulative distribution: its own noise for each row, the same on a CPU and a GPU."""
+    """logits (A, V), uniform (A,) in [0, 1) -> tokens (A,). Temperature 0 takes the likeliest token. Otherwise
+    `uniform` is looked up in the cumulative distribution, so each row has its own noise, the same on a CPU and a
+    GPU."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits.double() / temperature).softmax(-1)  # (A, V)
@@ -163,7 +122,8 @@ def noise(seed: int, prompt: Sequence[int]) -> torch.Generator:
 
 
 def text_stream(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
-    """Text as it becomes known. Rare characters take several tokens; one is held back until its last byte is there."""
+    """Text as it becomes known. Rare characters take several tokens, and are held back until their last byte is
+    there."""
     ids: list[int] = []
     text, shown = "", 0
     for token in tokens:
@@ -181,7 +141,8 @@ def text_stream(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def chat(reply: Callable[[list[Message]], Iterator[str]]) -> None:
-    """Turns until /exit or the end of input. Ctrl-C stops an answer; what was said of it stays in the conversation."""
+    """Take turns until /exit or the end of input. Ctrl-C stops an answer, and its beginning stays in the
+    conversation."""
     with suppress(ImportError):
         import readline  # noqa: F401  input() then has a history and arrow keys
     messages: list[Message] = []
@@ -214,10 +175,26 @@ def model_arguments() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on cuda, else float32"
     )
     system = parser.add_mutually_exclusive_group()
-    system.add_argument("--system", metavar="TEXT", default="", help="system turn (default: an empty one, as Zephyr's)")
-    system.add_argument("--no-system", dest="system", action="store_const", const=None, help="insert no system turn")
-    parser.add_argument("--no-bos", dest="bos", action="store_false", help="no <s> first: for data.bos = false")
+    system.add_argument("--system", metavar="TEXT", help="system turn to insert (default: as trained, else empty)")
+    system.add_argument("--no-system", action="store_true", help="insert no system turn")
+    parser.add_argument(
+        "--bos", action=argparse.BooleanOptionalAction, help="put BOS in front (default: as trained, else yes)"
+    )
     return parser
+
+
+def choose_frame(base: Base, bos: bool | None = None, system: str | None = None, no_system: bool = False) -> Frame:
+    """The frame in which the model was trained, or Zephyr's if nothing is known, with what the flags change. A change
+    of a known frame is announced on stderr, because it changes answers and figures."""
+    known = base.frame or Frame()
+    frame = replace(known, bos=known.bos if bos is None else bos)
+    if no_system or system is not None:
+        frame = replace(frame, system_prompt=None if no_system else system)
+    for name in ("bos", "system_prompt"):
+        if base.frame and getattr(frame, name) != getattr(known, name):
+            print(f"{base.path}: trained with {name} = {getattr(known, name)!r}, asked with "
+                  f"{getattr(frame, name)!r}", file=sys.stderr)  # fmt: skip
+    return frame
 
 
 def place(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
@@ -262,24 +239,27 @@ def main(argv: list[str] | None = None) -> int:
             prompt = sys.stdin.read().rstrip("\n")
         if prompt is not None and not prompt.strip():
             raise ValueError("the prompt is empty: give --prompt TEXT, pipe a text in, or run in a terminal to chat")
-        model, tokenizer, template = load_model(arguments.model, *place(arguments.device, arguments.dtype))
-        stop = stop_ids(arguments.model, tokenizer)
+        base = read_base(arguments.model)
+        encoder = base.encoder(choose_frame(base, arguments.bos, arguments.system, arguments.no_system))
+        asked: list[Message] = [{"role": "user", "content": prompt or "Hi"}]
+        encoder.prompt(asked)  # what cannot be asked is refused before weights are read
+        model = load_model(base, *place(arguments.device, arguments.dtype))
 
         def reply(messages: list[Message]) -> Iterator[str]:
-            ids = prompt_ids(messages, tokenizer, template, arguments.system, arguments.bos)
             steps = stream(
-                model, [ids], arguments.max_new_tokens, stop, arguments.temperature, arguments.top_p, arguments.seed
-            )
-            return text_stream((step[0] for step in steps), tokenizer)
+                model, [encoder.prompt(messages)], arguments.max_new_tokens, base.stop_ids, arguments.temperature,
+                arguments.top_p, arguments.seed,
+            )  # fmt: skip
+            return text_stream((step[0] for step in steps), base.tokenizer)
 
         if prompt is None:
             chat(reply)
         else:
-            for piece in reply([{"role": "user", "content": prompt}]):
+            for piece in reply(asked):
                 print(piece, end="", flush=True)
             print()
-    except ValueError as error:
-        print(error, file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"notus.generate: error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

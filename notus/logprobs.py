@@ -1,7 +1,7 @@
 """Hidden states -> log-probabilities of the response tokens, without ever holding a (T, V) matrix.
 
-Only response tokens meet the head, a chunk of rows at a time, and the log-softmax is float32 whatever the compute
-dtype: in bfloat16 the sum over a 300-token answer is off by half a nat, as much as an early DPO margin.
+Only response tokens meet the head, a chunk of rows at a time. The log-softmax is float32 whatever the compute dtype is:
+in bfloat16 the sum over a 300-token answer is off by half a nat, as much as an early DPO margin.
 
 Legend: R response tokens, D model dimension, V vocabulary, S sequences.
 """
@@ -16,9 +16,9 @@ KEEP_BYTES = 2**29  # of softmax kept for backward; in bfloat16 8,192 rows of 32
 class _TokenLogps(torch.autograd.Function):
     """logp[r] = log_softmax(hidden[r] @ weight.T)[target[r]].
 
-    Its gradient by the logits is onehot(target) - softmax. The softmax is kept for backward while it fits into
-    `keep_bytes`, and turned into the gradient in place; beyond that (or if backward runs twice) it is computed again,
-    a chunk at a time: one more product with the head.
+    Its gradient by the logits is onehot(target) - softmax. As long as the softmax fits into `keep_bytes`, it is kept
+    for backward and turned into the gradient in place. Otherwise, or if backward runs twice, it is computed again, a
+    chunk at a time, at the price of one more product with the head.
     """
 
     @staticmethod
@@ -42,10 +42,10 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, target, logps = ctx.saved_tensors
         grad_target = -grad * logps.expm1()  # 1 - p, exact however close p is to 1
         grad_hidden = torch.empty_like(hidden)
-        # The sum over chunks is kept wide: bfloat16 additions would lose the small ones.
+        # The sum over chunks is kept wide, because bfloat16 additions would lose small terms.
         grad_weight = None
         for rows in _chunks(len(hidden), ctx.chunk_rows):
-            softmax = ctx.softmax.pop(rows.start, None)  # used up: it becomes the gradient, in its own memory
+            softmax = ctx.softmax.pop(rows.start, None)  # it becomes the gradient, in its own memory
             if softmax is None:
                 softmax = (hidden[rows] @ weight.T).log_softmax(-1, dtype=ctx.wide).exp_()
             grad_logits = softmax.mul_(-grad[rows, None]).to(weight.dtype)  # (chunk, V)
@@ -68,16 +68,17 @@ def token_logps(
 ) -> Tensor:
     """hidden (R, D), weight (V, D), target (R,) -> log-probabilities (R,), in nats, float32 or wider.
 
-    Memory beyond the inputs and their gradients: `keep_bytes` and twice `chunk_rows` x V, however long the stream is.
+    Memory beyond the inputs and their gradients: `keep_bytes`, and twice `chunk_rows` x V, whatever the length of the
+    stream.
     """
     keep_bytes = keep_bytes if torch.is_grad_enabled() else -1  # inside the function, gradients are always off
     return _TokenLogps.apply(hidden, weight, target, chunk_rows, keep_bytes)
 
 
 def sequence_logps(logps: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
-    """Sum the token log-probabilities (R,) of each answer -> (S,), in nats: a sum, as DPO wants, never a mean.
+    """Sum the token log-probabilities (R,) of each answer -> (S,), in nats. DPO needs the sum, never the mean.
 
-    Added up in float64: one after another in float32, a sum near -5000 is off by 3e-3.
+    The sum is taken in float64. One after another in float32, a sum near -5000 would be off by 3e-3.
     """
     total = torch.zeros(num_sequences, dtype=torch.float64, device=logps.device)
     return total.index_add(0, sequence, logps.double()).to(logps.dtype)

@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl for machines, one progress bar or plain lines for people.
+"""What a run says while it trains: metrics.jsonl for machines, one progress bar or plain lines for people.
 
 Names are TRL's: loss, rewards/chosen, rewards/rejected, rewards/accuracies, rewards/margins, logps/chosen,
 logps/rejected, grad_norm, learning_rate, epoch, step; `eval_` in front for the held-out pairs, and eval_runtime in
@@ -8,53 +8,124 @@ checkpoint_stall_seconds. Rewards and log-probs are in nats.
 
 import json
 import math
-import platform
+import os
 import resource
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
-import notus
-from notus.data import file_digest
-from notus.weights import write_atomically
+from notus.cost import peak_flops
+from notus.distributed import World
+from notus.files import write_atomically
+from notus.losses import METRICS
 
 
-class MetricsLog:
-    """Append-only JSONL, one object a line, on disk as soon as written. With `enabled=False` (every rank but 0) it does
-    nothing.
+class Log:
+    """Everything a run says while it trains: metrics.jsonl for machines, the console for people. With `enabled=False`
+    (every rank but 0) it keeps count and says nothing.
 
-    A run that goes on after `last_step` keeps the lines up to that step, in `kept`, and writes those after it anew: the
-    file then reads as if nothing had happened.
+    lines, window: those of the checkpoint that a run resumes from. The lines come from there and not from the file,
+    which is not synced and may have lost some: the log then reads as if nothing had happened.
     """
 
-    def __init__(self, path: str | Path, enabled: bool = True, last_step: int | None = None):
-        self.file, self.kept = None, []
-        if enabled:
-            path = Path(path)
-            if last_step is not None and path.exists():
-                whole_lines = path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()  # a kill may tear one
-                self.kept = [record for record in map(json.loads, whole_lines) if record["step"] <= last_step]
-            write_atomically(path, "".join(json.dumps(record) + "\n" for record in self.kept))
-            self.file = path.open("a", encoding="utf-8")
+    def __init__(
+        self, path: Path, world: World, total_steps: int, epoch_steps: int, first_step: int = 0,
+        lines: Sequence[dict[str, Any]] = (), window: Sequence[float] = (),
+    ):  # fmt: skip
+        self.world, self.epoch_steps, self.lines = world, epoch_steps, list(lines)
+        # Since the last line of a step: sums of METRICS, and pairs. A checkpoint keeps them.
+        self._window = np.array(window) if len(window) else np.zeros(len(METRICS) + 1)
+        # Of this process alone, which gives the speed: stream tokens and FLOPs, and since when they count.
+        self._work, self._since = np.zeros(2), time.monotonic()
+        self._peak = peak_flops(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
+        self._path, self._file = path, self._open(path) if world.rank == 0 else None
+        self._console = Console(total_steps, enabled=world.rank == 0, first_step=first_step, every=0.01)
 
-    def write(self, metrics: dict[str, Any]) -> None:
-        """Values are numbers or scalar tensors."""
-        if self.file:
-            self.file.write(json.dumps({name: plain(value) for name, value in metrics.items()}, allow_nan=False) + "\n")
-            self.file.flush()
+    def _open(self, path: Path) -> TextIO:
+        """All lines so far, and then more."""
+        write_atomically(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in self.lines))
+        return path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """A line of metrics.jsonl. Values are numbers or scalar tensors; NaN and infinity are written as null.
+
+        A failure (a full disk, say) is reported and training continues. A later line brings those that are missing.
+        """
+        values = {name: plain(value) for name, value in metrics.items()}
+        self.lines.append({"step": step, "epoch": step / self.epoch_steps} | values)
+        if self.world.rank == 0:
+            try:
+                if self._file:
+                    self._file.write(json.dumps(self.lines[-1], allow_nan=False) + "\n")
+                    self._file.flush()
+                else:
+                    self._file = self._open(self._path)
+            except OSError as error:
+                if self._file:
+                    self._console.say(
+                        f"log         {self._path} cannot be written, training continues: {error.strerror}"
+                    )
+                self._file = None
+
+    def add(self, sums: Sequence[float], num_pairs: int, num_tokens: int, flops: float) -> None:
+        """Count a step in. sums (M,) of METRICS over its pairs."""
+        self._window += [*sums, num_pairs]
+        self._work += [num_tokens, flops]
+
+    def step(self, step: int, more: dict[str, float]) -> None:
+        """Report means over the pairs since the last report, with the speed and `more`."""
+        *sums, num_pairs = self._window.tolist()
+        num_tokens, flops = self._work.tolist()
+        seconds = time.monotonic() - self._since
+        line = {name: total / num_pairs for name, total in zip(METRICS, sums, strict=True)} | more
+        line |= {"tokens_per_second": num_tokens / seconds, "memory_gib": peak_memory_gib(self.world.device)}
+        if self._peak:
+            line["mfu"] = flops / seconds / (self._peak * self.world.size)
+        self.write(step, line)
+        self._console.step(step, line)
+        self._window[:], self._work[:], self._since = 0.0, 0.0, time.monotonic()
+
+    def evaluated(self, step: int, line: dict[str, float]) -> None:
+        self.write(step, line)
+        self._console.say(
+            f"held out    step {step}  loss {line['eval_loss']:.4f}  acc {line['eval_rewards/accuracies']:.3f}  "
+            f"margin {line['eval_rewards/margins']:.3f}"
+        )
+
+    def skipped(self, step: int, places: Sequence[str]) -> None:
+        self.write(step, {"skipped_pairs": list(places)})
+        self._console.say(f"skipped     step {step}: loss or gradient is not finite; its pairs are in metrics.jsonl")
+
+    def state(self) -> dict[str, list]:
+        """What a checkpoint keeps of the log."""
+        return {"window": self._window.tolist(), "lines": list(self.lines)}
+
+    def evaluations(self) -> list[dict[str, float | None]]:
+        return [
+            {name: value for name, value in line.items() if name.startswith("eval_")}
+            for line in self.lines
+            if "eval_loss" in line
+        ]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count as time of a step."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
 
     def close(self) -> None:
-        if self.file:
-            self.file.close()
+        self._console.close()
+        if self.world.rank == 0:
+            with suppress(OSError):
+                (self._file or self._open(self._path)).close()
 
 
 def plain(value: Any) -> Any:
@@ -64,9 +135,9 @@ def plain(value: Any) -> Any:
 
 
 class Console:
-    """Progress of a run of `total_steps`, continuing after `first_step`. On a terminal one bar that redraws itself,
-    elsewhere (files, CI, Slurm logs) a plain line whenever another share `every` of the steps is done. No colours.
-    With `enabled=False` it does nothing."""
+    """Progress of a run of `total_steps`, continuing after `first_step`. On a terminal it is one bar that redraws
+    itself. Elsewhere (files, CI, Slurm logs) it is a plain line whenever another share `every` of the steps is done. No
+    colours. With `enabled=False` it does nothing."""
 
     def __init__(
         self, total_steps: int, enabled: bool = True, first_step: int = 0, stream: TextIO | None = None,
@@ -74,7 +145,7 @@ class Console:
     ):  # fmt: skip
         self.total_steps, self.enabled, self.stream = total_steps, enabled, stream or sys.stderr
         self.unit, self.line_gap, self.last_line = unit, every * total_steps, first_step
-        self.since: tuple[int, float] | None = None  # step and time of the first report: it has paid for warming up
+        self.since: tuple[int, float] | None = None  # step and time of the first report, which includes warming up
         self.bar = None
         if enabled and self.stream.isatty():
             self.bar = tqdm(
@@ -86,18 +157,20 @@ class Console:
             )
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Report after `step` steps are done. `metrics`: numbers by the names above; what is absent is left out."""
+        """Report that `step` steps are done. `metrics`: numbers by the names above; absent ones are left out."""
         if not self.enabled:
             return
         eta = self.seconds_left(step)
         if self.bar is not None:
             short = {name: value for name, value in metrics.items() if name not in ON_LINES_ONLY}
-            self.bar.set_description_str(summary(short, eta), refresh=False)
+            self.bar.set_description_str(short_line(short, eta), refresh=False)
             self.bar.update(step - self.bar.n)
         elif step - self.last_line >= self.line_gap or step == self.total_steps:
             self.last_line, width = step, len(str(self.total_steps))
             print(
-                f"{self.unit} {step:{width}}/{self.total_steps}  {summary(metrics, eta)}", file=self.stream, flush=True
+                f"{self.unit} {step:{width}}/{self.total_steps}  {short_line(metrics, eta)}",
+                file=self.stream,
+                flush=True,
             )
 
     def seconds_left(self, step: int) -> float | None:
@@ -138,7 +211,7 @@ FORMATS = {
 ON_LINES_ONLY = {"learning_rate", "grad_norm", "mfu", "memory_gib"}  # a bar has to fit 100 columns
 
 
-def summary(metrics: dict[str, float], eta: float | None) -> str:
+def short_line(metrics: dict[str, float], eta: float | None) -> str:
     parts = [text.format(metrics[name]) for name, text in FORMATS.items() if name in metrics]
     return "  ".join(parts + ([f"eta {duration(eta)}"] if eta is not None else []))
 
@@ -158,26 +231,38 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def environment(files: Sequence[str | Path]) -> dict[str, Any]:
-    """What it takes to run this again: commit, versions, devices, command line, and the sha256 of each data file."""
+class Lasting:
+    """A stream that may be closed at its other end (`train.py | head`, a terminal that is gone): from then on it writes
+    to nowhere, and the run goes on with its files."""
 
-    def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+    def __init__(self, stream: TextIO):
+        self._stream = stream
 
-    commit = git("rev-parse", "HEAD") if shutil.which("git") else None
-    changed = commit and git("status", "--porcelain", "--untracked-files=no")
-    packages = ("torch", "numpy", "safetensors", "tokenizers")
-    return {
-        "command": sys.argv,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": f"{commit} with changes" if changed else commit or "unknown",
-        "versions": {
-            "notus": notus.__version__,
-            "python": platform.python_version(),
-            **{name: version(name) for name in packages},
-            **({"cuda": torch.version.cuda} if torch.version.cuda else {}),
-        },
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.machine()],
-        "data_sha256": {str(path): file_digest(path) for path in files},
-    }
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, work: Callable, *arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        except OSError:
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())  # or Python's own flush at its exit would fail too
+            return 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def lasting_console() -> Iterator[None]:
+    """stdout and stderr that cannot end a run, nor change its exit code."""
+    stdout, stderr = (cast(TextIO, Lasting(stream)) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        try:
+            yield
+        finally:  # what is still buffered is tried here, where a closed end does no harm
+            stdout.flush()
+            stderr.flush()

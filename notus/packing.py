@@ -1,4 +1,4 @@
-"""Pairs -> streams: no padding, no batch dimension, and every prompt stored and computed once.
+"""Pairs -> streams, and the order of training: no padding, no batch dimension, every prompt stored and computed once.
 
 A micro-batch is one flat stream of T tokens. Each pair is one segment of it:
 
@@ -10,29 +10,33 @@ A micro-batch is one flat stream of T tokens. Each pair is one segment of it:
       chosen    c c        1 1 1 | lower | 0 0 0    an answer sees the prompt and its own past,
       rejected  r r r      1 1 1 | 0 0   | lower    never the other answer, never another pair
 
-The last prompt token predicts the first token of BOTH answers, so the targets are no shift of the input by one. Each
-response token instead names the place that predicts it:
+The last prompt token predicts the first token of BOTH answers, so the targets are not the input shifted by one.
+Instead, each response token names the place that predicts it:
 
     target      c0 c1 | r0 r1 r2
     source      p2 c0 | p2 r0 r1                    an index into the stream
     sequence     0  0 |  1  1  1                    which answer the token belongs to
 
-A segment may hold any number of answers: two for a pair, one for a plain sequence, none for a prompt to be continued.
+A segment may hold any number of answers: two for a pair, one for a plain sequence, none for a prompt alone.
 
 Legend: T tokens of the stream, R response tokens, S answers (sequences) in the stream, P pairs.
 """
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from notus.data import Pair
+from notus.tokens import Pair, PairSet
+
+T = TypeVar("T")
+Ids = Sequence[int] | np.ndarray
 
 
 class Segment(NamedTuple):
@@ -56,19 +60,20 @@ class Stream:
 
     def to(self, device: torch.device) -> "Stream":
         names = ("input_ids", "positions", "source", "target", "sequence")
-        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
+        moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in names}
+        return replace(self, **moved)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy that nobody waits for: to a GPU it goes from pinned memory, beside whatever the GPU is doing."""
+    """An asynchronous copy. To a GPU it goes from pinned memory, while the GPU computes."""
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-def pack(segments: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> Stream:
-    """Lay `(prompt_ids, [answer_ids, ...])` one after another. Answers are numbered in the order given, so that for
+def pack(segments: Sequence[tuple[Ids, Sequence[Ids]]]) -> Stream:
+    """Lay segments `(prompt_ids, [answer_ids, ...])` one after another. Answers are numbered in the order given, so for
     pairs `logps.view(P, 2)` has the chosen answers in column 0 and the rejected ones in column 1.
 
-    No segments at all give a stream of one token and no response: what a rank with nothing to do feeds its model, so
+    No segments at all give a stream of one token and no response. A rank that has no pair feeds it to its model, so
     that it takes part in every collective and adds exactly nothing.
     """
     ids, positions, source, target, sequence, layout = [], [], [], [], [], []
@@ -93,7 +98,7 @@ def pack(segments: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]]) -> S
     def flat(parts: list) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.empty(0, dtype=torch.int64)
 
-    return Stream(*map(flat, (ids, positions, source, target, sequence)), tuple(layout), answer_count)
+    return Stream(flat(ids), flat(positions), flat(source), flat(target), flat(sequence), tuple(layout), answer_count)
 
 
 def pack_pairs(pairs: Sequence[Pair]) -> Stream:
@@ -102,32 +107,32 @@ def pack_pairs(pairs: Sequence[Pair]) -> Stream:
 
 
 def deal(tokens: Sequence[int], costs: Sequence[int], num_ranks: int, budget: int) -> list[list[list[int]]]:
-    """Deal a step's pairs, of `tokens` (P,) and `costs` (P,), to ranks and micro-batches: `plan[rank][micro_batch]` is
-    a list of indices into both.
+    """Deal a step's pairs, with their `tokens` (P,) and `costs` (P,), to ranks and micro-batches:
+    `plan[rank][micro_batch]` is a list of indices into both.
 
-    Every rank gets the same number of micro-batches, the fewest for which `spread` lets none exceed `budget` tokens (a
-    single pair longer than that gets one of its own). Ranks wait for each other in every micro-batch, so the dearest of
-    them sets the pace, and all are to cost the same. What `spread` leaves uneven, trades mend: the dearest micro-batch
-    gives a pair for a cheaper one, until no trade helps.
+    Every rank gets the same number of micro-batches: the fewest for which `spread` exceeds `budget` tokens in none (a
+    single pair longer than that gets one of its own). Ranks wait for each other in every micro-batch, so the most
+    expensive one sets the pace, and all should cost the same. Swaps even out what `spread` left unbalanced: the most
+    expensive micro-batch gives a pair for a cheaper one, until no swap helps.
 
-    Costs are whole numbers in any unit (FLOPs, or the tokens again). So sums are exact, the trades come to an end, and
-    every rank computes the same plan. Which pairs make up the step is not decided here: the plan changes speed and
+    Costs are whole numbers in any unit (FLOPs, or the tokens again). So sums are exact, the swaps come to an end, and
+    every rank computes the same plan. Which pairs make up the step is not decided here. The plan changes speed and
     memory, never the result.
     """
     tokens, costs = (list(map(int, numbers)) for numbers in (tokens, costs))
     per_rank = max(1, -(-sum(min(n, budget) for n in tokens) // (budget * num_ranks)))
     while (bins := spread(tokens, costs, per_rank * num_ranks, budget)) is None:
         per_rank += 1
-    while trade := find_trade(bins, tokens, costs, budget):
-        *both, i, j = trade
+    while swap := find_swap(bins, tokens, costs, budget):
+        *both, i, j = swap
         for b in both:
-            b.pairs ^= {i, j}  # who has a pair gives it, who has it not takes it
+            b.pairs ^= {i, j}  # whichever bin holds a pair hands it over
             b.tokens, b.cost = (sum(numbers[k] for k in b.pairs) for numbers in (tokens, costs))
         bins.sort(key=by_cost)
-    # Micro-batches that run together are of neighbouring costs; and who has the dearest of one round has the cheapest
-    # of the next.
-    dearest_first = [sorted(b.pairs) for b in reversed(bins)]
-    rounds = [dearest_first[m * num_ranks : (m + 1) * num_ranks][:: -1 if m % 2 else 1] for m in range(per_rank)]
+    # Micro-batches that run at the same time have similar costs. The rank with the most expensive one of a round gets
+    # the cheapest one of the next.
+    costly_first = [sorted(b.pairs) for b in reversed(bins)]
+    rounds = [costly_first[m * num_ranks : (m + 1) * num_ranks][:: -1 if m % 2 else 1] for m in range(per_rank)]
     return [list(micro_batches) for micro_batches in zip(*rounds, strict=True)]
 
 
@@ -144,8 +149,8 @@ by_cost = attrgetter("cost")
 
 
 def spread(tokens: list[int], costs: list[int], num_bins: int, budget: int) -> list[Bin] | None:
-    """Dearest pair first, each to the cheapest bin with room for it (Graham 1969) -> bins, the cheapest first; None if
-    a pair finds no room."""
+    """The most expensive pair first, each to the cheapest bin with room for it (Graham 1969) -> bins, the cheapest
+    first. None if there is no room for some pair."""
     bins = [Bin() for _ in range(num_bins)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         roomy = (place for place, b in enumerate(bins) if not b.pairs or b.tokens + tokens[i] <= budget)
@@ -159,19 +164,65 @@ def spread(tokens: list[int], costs: list[int], num_bins: int, budget: int) -> l
     return bins
 
 
-def find_trade(bins: list[Bin], tokens: list[int], costs: list[int], budget: int) -> tuple[Bin, Bin, int, int] | None:
-    """(dearest, other, i, j): both bins will cost less than the dearest does now if it gives pair i for pair j. The
-    other is the cheapest with which that can be done, and the pairs are those that leave the smallest gap."""
-    dearest = bins[-1]
+def find_swap(bins: list[Bin], tokens: list[int], costs: list[int], budget: int) -> tuple[Bin, Bin, int, int] | None:
+    """(costliest, other, i, j): if the costliest bin gives pair i to the other one for pair j, both will cost less than
+    the costliest does now. The other is the cheapest bin for which that is possible, and the two pairs are those that
+    leave the smallest gap."""
+    costliest = bins[-1]
     for other in bins:
-        gap = dearest.cost - other.cost
-        trades = [
+        gap = costliest.cost - other.cost
+        swaps = [
             (abs(gap - 2 * (costs[i] - costs[j])), i, j)
-            for i in dearest.pairs
+            for i in costliest.pairs
             for j in other.pairs
             if 0 < costs[i] - costs[j] < gap
-            and max(dearest.tokens - tokens[i] + tokens[j], other.tokens - tokens[j] + tokens[i]) <= budget
+            and max(costliest.tokens - tokens[i] + tokens[j], other.tokens - tokens[j] + tokens[i]) <= budget
         ]
-        if trades:
-            return dearest, other, *min(trades)[1:]
+        if swaps:
+            return costliest, other, *min(swaps)[1:]
     return None
+
+
+# --- the order of training -------------------------------------------------------------------------------------------
+
+
+def steps_per_epoch(num_pairs: int, pairs_per_step: int) -> int:
+    """The last step of an epoch may be smaller. No pair is left out."""
+    return -(-num_pairs // pairs_per_step)
+
+
+def batch(num_pairs: int, pairs_per_step: int, seed: int, step: int) -> np.ndarray:
+    """Indices of the pairs of training step `step` (from 0): a function of the seed and the step alone, whatever the
+    number of ranks, so resuming needs nothing but the step. Each epoch is a new permutation. RandomState is used
+    because its stream is frozen for good (NumPy's NEP 19)."""
+    epoch, place = divmod(step, steps_per_epoch(num_pairs, pairs_per_step))
+    order = np.random.RandomState([seed, epoch]).permutation(num_pairs)
+    return order[place * pairs_per_step : (place + 1) * pairs_per_step]
+
+
+MicroBatch = tuple[np.ndarray, Stream]  # which pairs (none, if there are fewer than ranks), and their packed stream
+
+
+def training_steps(
+    pairs: PairSet, costs: np.ndarray, steps: range, *, pairs_per_step: int, seed: int, budget: int, rank: int,
+    num_ranks: int,
+) -> Iterator[tuple[int, np.ndarray, list[MicroBatch]]]:  # fmt: skip
+    """(step, indices of all its pairs, the micro-batches of this rank). costs: (all pairs,), in any unit. A thread
+    packs one step ahead."""
+
+    def one(step: int) -> tuple[int, np.ndarray, list[MicroBatch]]:
+        rows = batch(len(pairs), pairs_per_step, seed, step)
+        plan = deal(pairs.num_tokens[rows], costs[rows], num_ranks, budget)[rank]
+        return step, rows, [(rows[part], pack_pairs([pairs[i] for i in rows[part]])) for part in plan]
+
+    return ahead(map(one, steps))
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items, each made by a thread while the one before it is used."""
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, iterator, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, iterator, end)
+            yield item  # type: ignore[misc]  # not `end`

@@ -3,8 +3,8 @@
     loss          rewards chosen, rejected    accuracy
     margin        gradient norm               learning rate
 
-Training is a faint line with its running mean over it, the held-out pairs are ringed points, dotted verticals are the
-ends of epochs. Needs matplotlib.
+Training is a faint line with its running mean over it. Held-out pairs are ringed points, and dotted verticals mark the
+ends of epochs. It needs matplotlib.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F6B76"  # Okabe & Ito's blue and vermilion, safe for the colour-blind
-STYLE = {
+STYLE: Any = {  # matplotlib types its 300 names one by one
     "font.size": 9.5,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -32,9 +32,9 @@ STYLE = {
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """One record per step, ascending; of lines with the same step the last value counts, as after a resumed run.
-    ValueError with file and line for what is not a record. A last line without its newline is still being written and
-    is left out."""
+    """One record for each step, ascending. If several lines have the same step, the last value counts, as after a
+    resumed run. ValueError names file and line of what is not a record. A last line without its newline is still being
+    written, and is left out."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; is {path.parent} the output_dir of a run?")
     steps: dict[int, dict[str, Any]] = {}
@@ -52,13 +52,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of `name` where it was logged; null is NaN, a gap in the line."""
+    """Steps and values of `name` where it was logged. null becomes NaN, which is a gap in the line."""
     points = [(r["step"], math.nan if r[name] is None else r[name]) for r in records if name in r]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def smooth(values: list[float]) -> list[float]:
-    """Mean over a centred window of 1/50 of the run, shorter at the ends; NaN is left out."""
+    """Mean over a centred window of 1/50 of the run, shorter at the ends. NaN is left out."""
     half = len(values) // 100
     means = []
     for i in range(len(values)):
@@ -68,14 +68,14 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def epoch_ends(records: list[dict[str, Any]]) -> list[int]:
-    """The first step logged at or after the end of each epoch, but not the end of the run."""
+    """The first step logged at or after the end of each epoch, except the end of the run."""
     steps, epochs = series(records, "epoch")
     whole = range(1, math.ceil(max(epochs, default=0)))
     return [next(step for step, epoch in zip(steps, epochs, strict=True) if epoch >= n) for n in whole]
 
 
 def plot(run_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Draw and return the path of the picture; its suffix picks the format (.png, .svg, .pdf)."""
+    """Draw the curves, and return the path of the picture. Its suffix picks the format (.png, .svg, .pdf)."""
     records = read_metrics(Path(run_dir) / "metrics.jsonl")
     output = Path(output or Path(run_dir) / "curves.png")
     try:
@@ -97,8 +97,10 @@ def plot(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
     def level(axes: Axes, value: float, text: str) -> None:
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
-        at_right_end = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
-        axes.annotate(text, (1, value), (0, 3), **at_right_end, color=GREY, fontsize="small")
+        axes.annotate(
+            text, (1, value), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+            color=GREY, fontsize="small",
+        )  # fmt: skip
 
     with rc_context(STYLE):
         figure = Figure(figsize=(13, 7.4), layout="constrained")

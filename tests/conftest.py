@@ -1,6 +1,12 @@
-"""Mistral's real vocabulary, as a checkpoint's tokenizer files. It ships inside mistral-common, 32,000 pieces."""
+"""Fixtures that several test files share.
+
+Mistral's real vocabulary as a checkpoint's tokenizer files (32,000 pieces, which mistral-common ships), and the small
+runs of forked.py.
+"""
 
 import json
+import os
+import sys
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -9,7 +15,12 @@ import pytest
 import sentencepiece
 import torch
 
-from notus.chat import ZEPHYR_TEMPLATE
+# This checkout is what is tested, here and in the processes that tests start, whatever is installed.
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+from notus.chat import ZEPHYR_TEMPLATE  # noqa: E402
 
 SENTENCEPIECE = files("mistral_common") / "data" / "tokenizer.model.v1"
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
@@ -114,3 +125,22 @@ def write_mistral_tokenizer(directory: Path) -> Path:
 def mistral_tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with Mistral's tokenizer files and Zephyr's chat template. Read-only: the whole session shares it."""
     return write_mistral_tokenizer(tmp_path_factory.mktemp("mistral"))
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the runs of forked.py are started in: a base, its data and a configuration."""
+    import forked  # here: most tests need no train.py
+
+    forked.start_server()
+    return forked.make_home(tmp_path_factory.mktemp("home"))
+
+
+@pytest.fixture(scope="session")
+def truth(home: Path) -> Path:
+    """The run in `home` that nothing interrupts."""
+    import forked
+
+    out = home / "truth"
+    forked.finish(out, home, *forked.own_caches(out))
+    return out

@@ -10,13 +10,17 @@ from notus import config
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # a file imports only from files above it
-    *("config", "chat", "tokenizer", "data", "packing", "attention", "logprobs", "model", "losses"),
-    *("distributed", "weights", "inputs", "reference", "optim", "checkpoint", "metrics"),
+    *("files", "config", "chat", "tokenizer", "rows", "tokens", "packing", "attention", "logprobs", "dims", "model"),
+    "losses",
+    *("distributed", "weights", "base", "cost", "optim", "checkpoint", "metrics", "run", "reference"),
 ]
-LEAVES = ["card", "plan", "generate", "evaluate", "plot", "demo"]  # import what they like; only train.py imports them
-EXCEPT = {"evaluate": {"generate"}, "demo": {"generate"}}  # these two put questions to a model
+LEAVES = ["report", "card", "plan", "generate", "evaluate", "plot", "demo", "explain"]  # only train.py imports them
+EXCEPT = {  # of the leaves
+    "report": {"card", "plan", "plot"}, "evaluate": {"generate"}, "explain": {"demo"},
+}  # fmt: skip
 
-SOURCES = {path.stem: path for path in sorted((ROOT / "notus").glob("*.py")) if path.stem != "__init__"}
+SOURCES = {path.stem: path for path in sorted((ROOT / "notus").glob("*.py")) if not path.stem.startswith("__")}
+SCRIPTS_IN_ORDER = ["train.py", "binarize.py"]
 SCRIPTS = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
 
@@ -46,9 +50,38 @@ def test_a_file_imports_only_from_files_above_it(name: str):
     assert notus_imports(SOURCES[name]) <= {*above, *EXCEPT.get(name, ())}
 
 
+def test_settings_stop_at_train_and_run():
+    """Everything else takes plain arguments, so that it can be called from Python."""
+    readers = {name for name, path in SOURCES.items() if "config" in notus_imports(path)}
+    assert readers == {"run", "plan", "reference"}  # the last two in their own `main`
+
+
+def test_train_py_is_read_in_one_sitting():
+    text = SCRIPTS["train"].read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 300
+    names = [
+        alias.name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "notus"
+        for alias in node.names
+    ]
+    assert len(names) <= 30, names
+
+
+def test_the_loss_stands_beside_backward_and_step():
+    tree = ast.parse(SCRIPTS["train"].read_text(encoding="utf-8"))
+    (step,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train_step")
+    called = {ast.unparse(node.func).rpartition(".")[2] for node in ast.walk(step) if isinstance(node, ast.Call)}
+    assert {"pair_logps", "dpo_loss", "backward", "clip_grad_norm_", "step"} <= called
+
+
+def test_the_tests_test_this_checkout():
+    assert Path(config.__file__).parent.parent == ROOT
+
+
 def test_the_imports_are_seen():
     assert {"packing", "attention", "logprobs"} <= notus_imports(SOURCES["model"])
-    assert {"distributed", "weights"} <= notus_imports(SCRIPTS["train"])  # from notus import distributed, weights
+    assert {"distributed", "report"} <= notus_imports(SCRIPTS["train"])  # from notus import distributed, report
 
 
 def test_binarize_stands_alone():
@@ -66,7 +99,7 @@ def test_no_file_is_named_for_nothing_in_particular():
 
 def test_every_file_has_its_test_and_every_test_its_file():
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    assert tests - {"architecture", "memory"} == {*SOURCES, *SCRIPTS}
+    assert tests - {"architecture", "faults", "fuzz", "memory", "project"} == {*SOURCES, *SCRIPTS}
 
 
 def test_readme_maps_every_file_and_no_other():
@@ -74,7 +107,7 @@ def test_readme_maps_every_file_and_no_other():
     mapped = re.findall(r"^\| `((?:notus/)?\w+\.py)` \|", readme, re.MULTILINE)
     files = {str(path.relative_to(ROOT)) for path in (*SOURCES.values(), *SCRIPTS.values())}
     assert set(mapped) == files
-    assert len(mapped) == len(files)
+    assert mapped == [*SCRIPTS_IN_ORDER, *(f"notus/{name}.py" for name in (*ORDER, *LEAVES))]  # the order tested above
 
 
 def test_readme_commands_name_what_exists():
@@ -93,6 +126,7 @@ def test_readme_commands_name_what_exists():
         if program:
             name = re.search(program, command)[1]
             source = (SOURCES | SCRIPTS)[name].read_text() + SOURCES["generate"].read_text()
+            source += SOURCES["config"].read_text() if name == "train" else ""
             for flag in re.findall(r" (--[\w-]+)", command.partition(re.search(program, command)[0])[2]):
                 assert f'"{flag}"' in source, command
             checked += 1

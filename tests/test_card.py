@@ -1,25 +1,28 @@
 """card.py: front matter that the Hub can parse, the facts of the run, and no claim beyond them."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from notus import config as configuration
 from notus.card import model_card
+from notus.files import file_digest
+from notus.run import environment
 
-RECIPE = configuration.load(Path(__file__).parent.parent / "configs" / "notus-7b-v1.toml")
-FACTS = {
-    "versions": {"notus": "1.2.3", "python": "3.11.7", "torch": "2.99.0"},
-    "git_commit": "0123abc with changes",
-    "model_sha256": "ab" * 32,
-    "data_sha256": {"data/ultrafeedback/train.jsonl": "cd" * 32, "elsewhere/test.jsonl": "ef" * 32},
-    "train_pairs": 61_619,
-    "test_pairs": 2000,
-    "steps": 2889,
-}
+RECIPE = configuration.CONFIGS / "notus-7b-v1.toml"
+
+
+def facts_of(*overrides: str, files: tuple[str | Path, ...] = (), **changes: Any) -> dict[str, Any]:
+    """As a run makes them, of the recipe."""
+    more = {"model_sha256": "ab" * 32, "processes": 8, "train_pairs": 61_619, "test_pairs": 2000, "steps": 2889}
+    settings = configuration.flat(configuration.load(RECIPE, overrides))
+    return environment(files) | {"settings": settings} | more | changes
+
+
 METRICS = {"eval_loss": 0.49876, "eval_rewards/accuracies": 0.7812, "eval_rewards/margins": 1.5, "eval_runtime": 3.25}
 
 
@@ -30,7 +33,7 @@ def parse(card: str) -> tuple[dict, str]:
 
 
 def test_front_matter_names_the_base_and_how_to_load_it():
-    front, _ = parse(model_card(RECIPE, FACTS, METRICS))
+    front, _ = parse(model_card(facts_of(), METRICS))
     assert front == {
         "base_model": "zephyr-7b-sft-full",
         "library_name": "transformers",
@@ -39,43 +42,92 @@ def test_front_matter_names_the_base_and_how_to_load_it():
     }
 
 
-@pytest.mark.parametrize("name", ['a "quoted": name', "null", "1.0", "# not a comment", "base: {x}", "基座"])
+@pytest.mark.parametrize(
+    "name", ['a "quoted": name', "null", "1.0", "# no comment", "base: {x}", "基座", "wind 🌬", "a\\b\x7f", "a\u2028b"]
+)
 def test_front_matter_holds_any_name(name: str):
-    front, _ = parse(model_card(replace(RECIPE, model=configuration.Model(path=f"models/{name}")), FACTS, {}))
+    facts = facts_of()
+    facts["settings"]["model.path"] = f"models/{name}"
+    front, _ = parse(model_card(facts, {}))
     assert front["base_model"] == name
 
 
-def test_the_facts_are_those_of_the_run():
-    _, body = parse(model_card(RECIPE, FACTS, METRICS))
+def test_the_facts_are_those_of_the_run(tmp_path: Path):
+    files = [tmp_path / "data" / "train.jsonl", tmp_path / "data" / "test.jsonl"]
+    files[0].parent.mkdir()
+    for path in files:
+        path.write_text(f"{path.name}\n")
+    facts = facts_of(files=tuple(files), git_commit="0123abc with changes")
+    _, body = parse(model_card(facts, METRICS))
     table = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE))
     assert table["pairs"] == "61,619"
     assert table["beta, label smoothing"] == "0.1, 0.0"
     assert table["optimizer, peak learning rate"] == "rmsprop, 5e-07"
     assert table["schedule"] == "linear, warmup over 10% of 2,889 steps"
     assert table["epochs, pairs a step"] == "3, 64"
-    assert table["maximal length, of the prompt"] == "1024, 512 tokens"
+    assert table["maximum length, of the prompt"] == "1024, 512 tokens"
     assert table["precision"] == "bfloat16 compute, float32 weights; exported in bfloat16"
     assert table["seed"] == "42"
     assert "runtime" not in table
     assert (table["loss"], table["rewards/accuracies"], table["rewards/margins"]) == ("0.4988", "0.7812", "1.5000")
-    assert "# notus-7b-v1\n" in body and "notus\n1.2.3, commit `0123abc with changes`" in body
-    assert f"- `train.jsonl`, sha256 `{'cd' * 32}`\n- `test.jsonl`, sha256 `{'ef' * 32}`" in body
+    versions = facts["versions"]
+    assert "# notus-7b-v1\n" in body and f"notus {versions['notus']}, commit `0123abc with changes`" in body
+    for path in files:
+        assert f"- `{path.name}`, sha256 `{file_digest(path)}`\n" in body
     assert f"sha256 over files: `{'ab' * 32}`" in body
-    assert "torch 2.99.0" in body and "data/ultrafeedback" not in body  # no path of the machine that trained
+    assert f"torch {versions['torch']}" in body
+    assert str(tmp_path) not in body and "data/" not in body  # no path of the machine that trained
+
+
+def test_a_measured_value_that_is_not_finite_is_said():
+    """metrics.jsonl, where the evaluation comes from, has null for it."""
+    _, body = parse(model_card(facts_of(), METRICS | {"eval_loss": None}))
+    assert "| loss | not finite |" in body and "| rewards/margins | 1.5000 |" in body
+
+
+NAMES = [
+    "# heading", "<script src=x>", "<img src=x onerror=y>", "[link](x)", "![image](x)", "*bold*",
+    "__bold__", "~~struck~~", "`code`", "a | b", "&lt;b&gt;", "1. list", "+ list", "> quote", "a\n\n# heading", "\\",
+    "<https:example.org>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_text_and_neither_markdown_nor_html(name: str):
+    """Of the output folder, the base and a data file, and the system prompt, as a renderer shows them."""
+    facts = facts_of(data_sha256={f"data/{name}": "cd" * 32})
+    facts["settings"] |= {"train.output_dir": f"runs/{name}", "model.path": f"models/{name}"}
+    facts["settings"] |= {"data.system_prompt": name}
+    tokens, usual = (render(model_card(each, {})) for each in (facts, facts_of(data_sha256={"data/x": "cd" * 32})))
+    assert kinds(tokens) <= kinds(usual)
+    assert tokens[0].tag == "h1" and "".join(t.content for t in tokens[1].children) == name.replace("\n", " ")
+    codes = [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]
+    as_code = "".join(c for c in name if c not in "`\n").strip()
+    assert codes.count(as_code) == 2, codes  # the base and the data file
+
+
+def render(card: str) -> list:
+    return MarkdownIt("gfm-like", {"linkify": False}).parse(parse(card)[1])
+
+
+def kinds(tokens: list) -> set[str]:
+    return {t.type for token in tokens for t in (token, *(token.children or ()))} - {"text_special"}  # escapes
 
 
 @pytest.mark.parametrize("metrics", [{}, METRICS])
 def test_no_evaluation_is_claimed_that_was_not_run(metrics: dict):
-    _, body = parse(model_card(RECIPE, FACTS, metrics))
+    _, body = parse(model_card(facts_of(), metrics))
     assert ("nothing was evaluated" in body) == (not metrics)
     assert ("On the held-out pairs" in body) == bool(metrics)
     assert not re.search(r"MT-Bench|AlpacaEval|win rate|state of the art|MMLU", body, re.IGNORECASE)
 
 
 def test_the_text_section_says_what_training_put_around_the_text():
-    def text(**changes) -> str:
-        return model_card(replace(RECIPE, data=replace(RECIPE.data, **changes)), FACTS, {})
+    def text(*overrides: str) -> str:
+        return re.sub(r"\\([^\w\s])", r"\1", model_card(facts_of(*overrides), {}))  # without Markdown's escapes
 
-    assert "Training put one BOS in front, a system turn ('') where there was none, and" in text()
-    assert "Training put no BOS in front, no system turn, and" in text(bos=False, insert_system=False)
-    assert "a system turn ('Be kind.') where there was none" in text(system_prompt="Be kind.")
+    assert "Training put one BOS in front, inserted a system turn ('') where there was none, and" in text()
+    assert "Training put no BOS in front, inserted no system turn, and" in text(
+        "data.bos=false", "data.insert_system=false"
+    )
+    assert "a system turn ('Be kind.') where there was none" in text("data.system_prompt=Be kind.")

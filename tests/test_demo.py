@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from collections import Counter
 from itertools import pairwise
 from math import log
@@ -13,13 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from notus import demo
-from notus.attention import PackedAttention
+from notus import config, demo
+from notus.base import Frame, read_base
 from notus.chat import load_chat_template, with_system_turn
-from notus.data import load_pairs
-from notus.model import MistralConfig
+from notus.dims import MistralConfig
+from notus.model import stream_logps
 from notus.packing import pack
 from notus.tokenizer import load_tokenizer
+from notus.tokens import load_pairs
 from notus.weights import check_weights
 
 TINY = demo.Settings(records=64, test_pairs=8, test_prompts=16, sft_questions=24, hidden_size=32, num_layers=1)
@@ -135,9 +137,8 @@ def test_held_out_prompts_are_seen_nowhere_else(made):
 
 
 def test_pairs_are_what_train_reads(made):
-    tokenizer, template = load_tokenizer(made / "base"), load_chat_template(made / "base")
-    options = {"max_length": 64, "max_prompt_length": 32, "bos": True, "system_prompt": ""}
-    counts = load_pairs([made / "pairs.jsonl"], tokenizer, template, **options).counts
+    encoder = read_base(made / "base").encoder(Frame())
+    counts = load_pairs([made / "pairs.jsonl"], encoder, max_length=64, max_prompt_length=32).counts
     assert counts["pairs"] == counts["rows"] > TINY.records / 2
     assert set(counts) == {"rows", "pairs"}  # nothing cut, no token across the border of prompt and answer
     assert len(read(made / "pairs-test.jsonl")) == TINY.test_pairs
@@ -154,7 +155,7 @@ def test_tokenizer_keeps_letters_and_digits_apart_and_loses_nothing(made):
 def test_training_tokens_are_the_frame_and_the_answer(made):
     question = demo.Question("reverse", "CAFE")
     tokenizer, template = load_tokenizer(made / "base"), load_chat_template(made / "base")
-    [(prompt, [answer, wordy])] = demo.tokenize(made / "base", [(question, ["EFAC", "Sure! EFAC"])])
+    [(prompt, [answer, wordy])] = demo.tokenize(read_base(made / "base"), [(question, ["EFAC", "Sure! EFAC"])])
     turns = with_system_turn([{"role": "user", "content": "Write CAFE backwards."}], "")
     assert prompt == [1, *tokenizer.encode(template.render(turns, add_generation_prompt=True))]
     assert tokenizer.decode(answer, skip_special_tokens=False) == "EFAC</s>"
@@ -167,11 +168,11 @@ def test_training_learns(tmp_path):
     demo.write_shell(tmp_path, settings)
     rng = Random(0)
     asked = [(question, demo.answers(rng, question)) for question in demo.ask(rng, 240, set())]
-    segments = demo.tokenize(tmp_path, asked)
-    model = demo.train_base(tmp_path, segments[:-8], 0, settings)
+    base = read_base(tmp_path, need_weights=False)
+    segments = demo.tokenize(base, asked)
+    model = demo.train_base(base, segments[:-8], 0, settings)
     stream = pack(segments[-8:])
-    attend = PackedAttention(stream.segments, None, torch.device("cpu"))
-    loss = -model(stream.input_ids, stream.positions, attend, stream.source, stream.target).mean().item()
+    loss = -stream_logps(model, stream).sum().item() / len(stream.target)
     assert loss < 0.6 * log(model.config.vocab_size)
 
 
@@ -201,6 +202,18 @@ def test_second_call_keeps_everything_and_a_missing_piece_is_made_again(tmp_path
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(pieces)  # no temporary file is left
 
 
+def test_what_a_killed_demo_left_is_removed(tmp_path):
+    """Also where it was killed with all pieces in place."""
+    demo.make(tmp_path, seed=3, settings=TINY)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name in ("base.shell/config.json", "base.tmp/model.safetensors", ".pairs.jsonl.12ab.tmp", "raw.jsonl.tmp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("half")
+    demo.make(tmp_path, seed=3, settings=TINY)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["base"]
+
+
 def test_files_of_others_are_not_touched(tmp_path, capsys):
     (tmp_path / "raw.jsonl").write_text("mine")
     assert demo.main(["--output", str(tmp_path)]) == 2
@@ -212,3 +225,13 @@ def test_without_binarize_the_error_says_what_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "BINARIZE", tmp_path / "binarize.py")
     with pytest.raises(ValueError, match="checkout of the repository"):
         demo.make(tmp_path / "demo", settings=TINY)
+
+
+@pytest.mark.parametrize("folder", [None, "it's a $HOME; run & more"])
+def test_the_command_at_the_end_is_one_for_a_shell(folder: str | None, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(demo, "make", lambda _output, _seed: None)
+    assert demo.main(["--output", folder] if folder else []) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = subprocess.check_output(["sh", "-c", f"printf '%s\\0' {line}"], text=True).split("\0")[:-1]
+    assert words[:2] == ["python", "train.py"] and len(words) == (6 if folder else 2)
+    assert not folder or config.load(config.CONFIGS / "demo.toml", words[2:]).train.output_dir == f"{folder}/dpo"

@@ -14,11 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from notus import distributed
-from notus.data import Pair
 from notus.distributed import World, from_rank_zero, full_tensor, reshard, shard, sum_over_ranks
 from notus.losses import dpo_loss
 from notus.model import Mistral, pair_logps
 from notus.packing import pack_pairs
+from notus.tokens import Pair
 
 CONFIG = tiny_config(hidden_size=15, intermediate_size=21, initializer_range=0.1)  # rows that two ranks cannot halve
 PAIRS = random_pairs(np.random.default_rng(0), 9, CONFIG.vocab_size)
@@ -28,7 +28,7 @@ def loss_of(model: Mistral, pairs: list[Pair]) -> Tensor:
     """A share of the loss of a step that has all PAIRS, against a reference of its own."""
     chosen, rejected = pair_logps(model, pack_pairs(pairs)).unbind(1)
     reference = torch.tensor([-30.0 - len(pair.chosen) for pair in pairs])
-    return dpo_loss(chosen, rejected, reference, reference - 1, beta=0.02).sum() / len(PAIRS)
+    return dpo_loss(chosen - reference, rejected - (reference - 1), beta=0.02).sum() / len(PAIRS)
 
 
 def whole_gradients(model: nn.Module) -> dict[str, Tensor]:

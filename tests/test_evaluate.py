@@ -134,7 +134,8 @@ def test_bad_questions_name_file_and_line(models, tmp_path, capsys):
         write_rows(path, good, row)
         assert run("exact-match", "--model", models["says7"], "--prompts", path) == 2
         error = capsys.readouterr().err
-        assert error.startswith(f"{path}:2: ") and message in error and error.count("\n") == 1
+        assert error.startswith(f"notus.evaluate: error: {path}:2: ") and message in error and error.count("\n") == 1
+        assert error.endswith('; rows look like {"instruction": "...", "correct_answers": ["...", "..."]}\n')
     path.write_text(json.dumps(good) + "\n{")
     assert run("exact-match", "--model", models["says7"], "--prompts", path) == 2
     assert f"{path}:2: not JSON" in capsys.readouterr().err
@@ -148,7 +149,7 @@ def test_everything_is_checked_before_a_model_is_read(models, questions, tmp_pat
     first = ("exact-match", "--model", models["says7"])
     for options, message in (
         (["--prompts", tmp_path / "none.jsonl"], "none.jsonl: no such file"),
-        (["--prompts", questions, "--model", tmp_path / "nowhere"], "nowhere/config.json: no such file"),
+        (["--prompts", questions, "--model", tmp_path / "nowhere"], "nowhere: no such folder"),
         (["--prompts", questions, "--output", tmp_path / "nowhere" / "a.json"], "nowhere: no such directory"),
     ):
         assert run(*first, *options) == 2
@@ -253,7 +254,7 @@ def test_preferences_refuse_bad_input_before_a_model_is_read(models, tmp_path, c
     (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     model, base = ("--model", models["says7"]), ("--base", models["uniform"])
     for options, message in (
-        ([*model, "--base", tmp_path / "nowhere", "--data", data], "nowhere/config.json: no such file"),
+        ([*model, "--base", tmp_path / "nowhere", "--data", data], "nowhere: no such folder"),
         ([*model, *base, "--data", bad], f"{bad}:2: 'rejected' is missing"),
         ([*model, *base, "--data", tmp_path / "none.jsonl"], "none.jsonl: no such file"),
         ([*model, "--base", other, "--data", data], "different tokens of the same pairs"),

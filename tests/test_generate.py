@@ -2,8 +2,10 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
@@ -14,16 +16,13 @@ from tiny import hf_twin, logits_of, save_checkpoint, tiny_config, tiny_model
 
 import notus.generate
 from notus.attention import KVCache
-from notus.chat import load_chat_template
+from notus.base import Frame, load_model, read_base
 from notus.generate import (
     generate,
-    load_model,
     main,
     noise,
     nucleus,
-    prompt_ids,
     sample,
-    stop_ids,
     stream,
     text_stream,
 )
@@ -215,11 +214,12 @@ class Terminal(io.StringIO):
 
 def answer(model_dir: Path, *turns: str, system: str | None = "", bos: bool = True, **sampling) -> str:
     """What the command should say to the last turn."""
-    model, tokenizer, template = load_model(model_dir, torch.device("cpu"), torch.float32)
+    base = read_base(model_dir)
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    ids = prompt_ids(messages, tokenizer, template, system, bos)
-    (tokens,) = generate(model, [ids], 8, {tokenizer.eos_id}, **sampling)
-    return tokenizer.decode(tokens)
+    ids = base.encoder(Frame(bos=bos, system_prompt=system)).prompt(messages)
+    model = load_model(base, torch.device("cpu"), torch.float32)
+    (tokens,) = generate(model, [ids], 8, base.stop_ids, **sampling)
+    return base.tokenizer.decode(tokens)
 
 
 def test_prompt_option_and_pipe_give_the_answer(checkpoint, capsys, monkeypatch):
@@ -259,16 +259,22 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(capsys, monkeypatch):
     assert capsys.readouterr().out == "\n> so far\n\n> so far\n\n> \n"
 
 
-def test_prompt_ids_are_the_frame_of_training(mistral_tokenizer_dir):
-    tokenizer, template = load_tokenizer(mistral_tokenizer_dir), load_chat_template(mistral_tokenizer_dir)
-
-    def text(**options):
-        ids = prompt_ids([{"role": "user", "content": "Hi"}], tokenizer, template, **options)
-        return tokenizer.decode(ids, skip_special_tokens=False).replace("</s> \n", "</s>\n")
-
-    assert text(system="", bos=True) == "<s> <|system|>\n</s>\n<|user|>\nHi</s>\n<|assistant|>\n"
-    assert text(system=None, bos=False) == "<|user|>\nHi</s>\n<|assistant|>\n"
-    assert text(system="Be brief.", bos=False).startswith("<|system|>\nBe brief.</s>\n")
+def test_a_model_is_asked_in_the_frame_of_its_training_unless_told_otherwise(checkpoint, tmp_path, capsys):
+    """Law 12. A change of the frame is announced, because it changes the answer."""
+    trained = shutil.copytree(checkpoint, tmp_path / "trained")
+    (trained / "notus.json").write_text(json.dumps(asdict(Frame(bos=False, system_prompt="Be brief."))))
+    command = ["--model", str(trained), "--device", "cpu", "--max-new-tokens", "8", "--temperature", "0"]
+    for options, frame, said in (
+        ([], {"bos": False, "system": "Be brief."}, ""),
+        (["--bos"], {"bos": True, "system": "Be brief."}, "trained with bos = False, asked with True"),
+        (["--no-system"], {"bos": False, "system": None}, "system_prompt = 'Be brief.', asked with None"),
+        (["--system", "Be brief."], {"bos": False, "system": "Be brief."}, ""),
+    ):
+        assert main([*command, "--prompt", "Hi", *options]) == 0
+        out, err = capsys.readouterr()
+        assert out == answer(checkpoint, "Hi", **frame) + "\n"
+        assert said in err and bool(said) == bool(err)
+    assert answer(checkpoint, "Hi") != answer(checkpoint, "Hi", bos=False, system="Be brief.")
 
 
 def test_system_and_bos_options_reach_the_prompt(checkpoint, capsys):
@@ -283,21 +289,9 @@ def test_system_and_bos_options_reach_the_prompt(checkpoint, capsys):
         assert capsys.readouterr().out == expected + "\n"
 
 
-def test_stop_ids_include_those_of_generation_config(tmp_path):
-    tokenizer = load_tokenizer(write_mistral_tokenizer(tmp_path))
-    path = tmp_path / "generation_config.json"
-    assert stop_ids(tmp_path, tokenizer) == {2}
-    for value, expected in ((7, {2, 7}), ([2, 32], {2, 32}), (None, {2})):
-        path.write_text(json.dumps({"eos_token_id": value}))
-        assert stop_ids(tmp_path, tokenizer) == expected
-    path.write_text('{"eos_token_id": ["</s>"]}')
-    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id is"):
-        stop_ids(tmp_path, tokenizer)
-
-
 def test_weights_are_loaded_in_the_dtype_asked_for(checkpoint):
-    model, _, _ = load_model(checkpoint, torch.device("cpu"), torch.bfloat16)
-    wide, _, _ = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    base = read_base(checkpoint)
+    model, wide = (load_model(base, torch.device("cpu"), dtype) for dtype in (torch.bfloat16, torch.float32))
     for (name, parameter), expected in zip(model.named_parameters(), wide.parameters(), strict=True):
         assert parameter.dtype == torch.bfloat16 and not parameter.requires_grad, name
         assert torch.equal(parameter, expected.bfloat16()), name
@@ -309,12 +303,12 @@ def test_bad_input_is_one_line_and_exit_code_2_before_weights_are_read(checkpoin
     (no_weights / "config.json").write_text((checkpoint / "config.json").read_text())
     bad_stop = write_mistral_tokenizer(save_checkpoint(model_with(vocab_size=32000), tmp_path / "bad stop"))
     (bad_stop / "generation_config.json").write_text('{"eos_token_id": "</s>"}')
-    monkeypatch.setattr("notus.generate.load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("notus.base.load_weights", lambda *_: pytest.fail("weights were read"))
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     for options, message in (
-        (["--model", str(tmp_path / "nowhere"), "--prompt", "Hi"], "nowhere/config.json: no such file"),
-        (["--model", str(no_weights), "--prompt", "Hi"], "no weights: neither model.safetensors"),
-        (["--model", str(small), "--prompt", "Hi"], "ids up to 31999, but the model's vocab_size is 97"),
+        (["--model", str(tmp_path / "nowhere"), "--prompt", "Hi"], "nowhere: no such folder"),
+        (["--model", str(no_weights), "--prompt", "Hi"], "no weights in safetensors format"),
+        (["--model", str(small), "--prompt", "Hi"], "embedding has only 97 rows"),
         (["--model", str(bad_stop), "--prompt", "Hi"], "generation_config.json: eos_token_id is '</s>'"),
         (["--model", str(checkpoint), "--prompt", " "], "the prompt is empty"),
         (["--model", str(checkpoint)], "the prompt is empty"),  # piped
@@ -339,4 +333,4 @@ def test_it_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "notus.generate", "--model", str(tmp_path / "nowhere"), "--prompt", "Hi"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    assert "no such file" in result.stderr and "Traceback" not in result.stderr
+    assert "no such folder" in result.stderr and "Traceback" not in result.stderr

@@ -13,7 +13,7 @@ from tiny import gradients, hf_logps, hf_twin, random_pairs, tiny_config, tiny_m
 from torch import Tensor
 
 from notus.logprobs import sequence_logps, token_logps
-from notus.losses import dpo_loss, preference_metrics
+from notus.losses import METRICS, dpo_loss, preference_metrics
 from notus.model import pair_logps
 from notus.packing import pack_pairs
 
@@ -30,6 +30,22 @@ def random_logps(num_pairs: int, seed: int = 0, scale: float = 5.0) -> list[Tens
     ]
 
 
+def loss_of(
+    policy_chosen: Tensor, policy_rejected: Tensor, reference_chosen: Tensor, reference_rejected: Tensor,
+    beta: float, label_smoothing: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """`dpo_loss` as a function of the four log-probabilities in the paper's equation."""
+    return dpo_loss(policy_chosen - reference_chosen, policy_rejected - reference_rejected, beta, label_smoothing)
+
+
+def metrics_of(policy: Tensor, reference: Tensor, beta: float) -> dict[str, Tensor]:
+    """policy, reference (P, 2) -> METRICS by name, (P,) each."""
+    chosen, rejected = (policy - reference).unbind(1)
+    metrics = preference_metrics(dpo_loss(chosen, rejected, beta), policy, chosen, rejected, beta)  # (P, M)
+    assert not metrics.requires_grad
+    return dict(zip(METRICS, metrics.unbind(1), strict=True))
+
+
 # --- the loss alone --------------------------------------------------------------------------------------------------
 
 
@@ -37,7 +53,7 @@ def random_logps(num_pairs: int, seed: int = 0, scale: float = 5.0) -> list[Tens
 def test_loss_is_what_the_paper_says(label_smoothing: float):
     """Equation 7 in plain Python: -log sigmoid(x) = log(1 + e^-x), with x = beta * ((w - w_ref) - (l - l_ref))."""
     logps = random_logps(20)
-    losses = dpo_loss(*logps, BETA, label_smoothing)
+    losses = loss_of(*logps, BETA, label_smoothing)
     for loss, *four in zip(losses, *logps, strict=True):
         chosen, rejected, chosen_ref, rejected_ref = (logp.item() for logp in four)
         x = BETA * ((chosen - chosen_ref) - (rejected - rejected_ref))
@@ -54,7 +70,7 @@ def test_gradient_of_the_loss_in_closed_form(label_smoothing: float):
     and x grows by beta with policy chosen and reference rejected, falls by beta with the other two.
     """
     logps = random_logps(20)
-    dpo_loss(*logps, BETA, label_smoothing).sum().backward()
+    loss_of(*logps, BETA, label_smoothing).sum().backward()
     chosen, rejected, chosen_ref, rejected_ref = (logp.detach() for logp in logps)
     x = BETA * ((chosen - chosen_ref) - (rejected - rejected_ref))
     slope = -(1 / (1 + x.exp()) - label_smoothing)
@@ -64,7 +80,7 @@ def test_gradient_of_the_loss_in_closed_form(label_smoothing: float):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_gradient_of_the_loss_by_finite_differences(label_smoothing: float):
-    assert torch.autograd.gradcheck(lambda *logps: dpo_loss(*logps, BETA, label_smoothing), random_logps(5))
+    assert torch.autograd.gradcheck(lambda *logps: loss_of(*logps, BETA, label_smoothing), random_logps(5))
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
@@ -73,9 +89,10 @@ def test_policy_equal_to_reference_loses_log_two(beta: float, label_smoothing: f
     """Law 1: log 2 exactly, margins 0, and a tie counts as wrong; the gradient is beta * (1/2 - e), not zero."""
     chosen, rejected, *_ = random_logps(7)
     logps = chosen, rejected, chosen.detach(), rejected.detach()
-    losses = dpo_loss(*logps, beta, label_smoothing)
+    losses = loss_of(*logps, beta, label_smoothing)
     assert (losses - math.log(2)).abs().max() < 1e-15
-    metrics = preference_metrics(*logps, beta)
+    policy = torch.stack([chosen, rejected], dim=1)
+    metrics = metrics_of(policy, policy.detach(), beta)
     assert all((metrics[f"rewards/{name}"] == 0).all() for name in ("chosen", "rejected", "margins", "accuracies"))
     losses.sum().backward()
     torch.testing.assert_close(chosen.grad, torch.full_like(chosen, -beta * (0.5 - label_smoothing)))
@@ -87,15 +104,17 @@ def test_extreme_margins_stay_finite():
     loss is the margin itself and its slope is beta."""
     zero = torch.zeros(2, dtype=torch.float32)
     chosen = torch.tensor([1e5, -1e5], requires_grad=True)
-    losses = dpo_loss(chosen, zero, zero, zero, beta=0.1)
+    losses = dpo_loss(chosen, zero, beta=0.1)
     losses.sum().backward()
     assert losses.tolist() == [0.0, pytest.approx(1e4)]
     assert chosen.grad.tolist() == [0.0, pytest.approx(-0.1)]
 
 
 def test_metrics_by_hand():
-    logps = [torch.tensor(x) for x in ([-10.0, -20.0, -5.0], [-12.0, -8.0, -5.0], [-11.0, -15.0, -6.0], [-10.0] * 3)]
-    metrics = preference_metrics(*logps, beta=0.5)
+    policy = torch.tensor([[-10.0, -12.0], [-20.0, -8.0], [-5.0, -5.0]])  # chosen, rejected
+    reference = torch.tensor([[-11.0, -10.0], [-15.0, -10.0], [-6.0, -10.0]])
+    metrics = metrics_of(policy, reference, beta=0.5)
+    assert metrics.pop("loss").tolist() == pytest.approx([math.log1p(math.exp(-x)) for x in (1.5, -3.5, -2.0)])
     expected = {
         "rewards/chosen": [0.5, -2.5, 0.5],  # 0.5 * (policy - reference)
         "rewards/rejected": [-1.0, 1.0, 2.5],
@@ -105,7 +124,6 @@ def test_metrics_by_hand():
         "logps/rejected": [-12.0, -8.0, -5.0],
     }
     assert {name: values.tolist() for name, values in metrics.items()} == expected
-    assert not any(values.requires_grad for values in preference_metrics(*random_logps(2), 0.5).values())
 
 
 # --- through the log-probs -------------------------------------------------------------------------------------------
@@ -122,7 +140,7 @@ def test_gradient_through_the_log_probs_by_finite_differences():
 
     def loss(hidden: Tensor, head: Tensor) -> Tensor:
         policy = sequence_logps(token_logps(hidden, head, target, chunk_rows=6), sequence, 4).view(2, 2)
-        return dpo_loss(*policy.unbind(1), *reference.unbind(1), BETA).sum()
+        return dpo_loss(*(policy - reference).unbind(1), BETA).sum()
 
     assert torch.autograd.gradcheck(loss, (hidden, head))
 
@@ -145,7 +163,7 @@ def setting():
 def packed_loss(model, pairs, reference) -> Tensor:
     """What train.py computes: mean over pairs, prompts shared."""
     policy = pair_logps(model, pack_pairs(pairs))
-    return dpo_loss(*policy.unbind(1), *reference.unbind(1), BETA).sum() / len(pairs)
+    return dpo_loss(*(policy - reference).unbind(1), BETA).sum() / len(pairs)
 
 
 def test_gradient_through_the_model_is_equation_seven(setting):
@@ -185,7 +203,7 @@ def test_shared_prompts_and_separate_sequences_have_one_gradient(setting):
     for pair, logps_ref in zip(pairs, reference, strict=True):
         chosen = pair_logps(model, pack_pairs([pair._replace(rejected=pair.chosen)]))[0, 0]
         rejected = pair_logps(model, pack_pairs([pair._replace(chosen=pair.rejected)]))[0, 1]
-        losses.append(dpo_loss(chosen, rejected, *logps_ref, BETA))
+        losses.append(loss_of(chosen, rejected, *logps_ref, BETA))
     separate = gradients(torch.stack(losses).mean(), model)
     assert worst(shared, separate) < 1e-11
 
@@ -216,7 +234,7 @@ def test_a_step_against_the_gradient_widens_the_margin(setting):
     def margin() -> float:
         with torch.no_grad():
             policy = pair_logps(model, pack_pairs(pairs))
-        return preference_metrics(*policy.unbind(1), *reference.unbind(1), BETA)["rewards/margins"].mean().item()
+        return metrics_of(policy, reference, BETA)["rewards/margins"].mean().item()
 
     before = margin()
     gradient = gradients(packed_loss(model, pairs, reference), model)

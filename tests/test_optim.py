@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
-from notus.optim import lr_at, make_optimizer
+from notus.optim import lr_at, make_optimizer, schedule_notes
 
 PEAK = 5e-7
 
@@ -13,23 +13,27 @@ PEAK = 5e-7
 @pytest.mark.parametrize(("total", "warmup"), [(2889, 289), (10, 0), (10, 1), (7, 6), (5, 5), (1, 0), (4, 9)])
 def test_lr_is_hugging_faces_linear_schedule_at_every_step(total: int, warmup: int):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=PEAK)
-    schedule = get_linear_schedule_with_warmup(optimizer, warmup, total)
+    (factor,) = get_linear_schedule_with_warmup(optimizer, warmup, total).lr_lambdas
     for step in range(total + 3):  # past the end it stays at 0
-        assert lr_at(step, total, warmup, PEAK) == pytest.approx(schedule.get_last_lr()[0], rel=1e-12, abs=0.0)
-        optimizer.step()
-        schedule.step()
+        assert lr_at(step, total, warmup, PEAK) == pytest.approx(PEAK * factor(step), rel=1e-12, abs=0.0)
 
 
-def test_rmsprop_moves_every_weight_by_ten_learning_rates_first_and_by_3_2_at_the_tenth():
+def rmsprop_moves(steps: int) -> list[torch.Tensor]:
+    """Of three weights with steady gradients, in units of the learning rate, step by step."""
     gradient = torch.tensor([3.0, -2e-4, 70.0], dtype=torch.float64)
     weight = nn.Parameter(torch.zeros(3, dtype=torch.float64))
     optimizer = make_optimizer([weight], "rmsprop", PEAK, weight_decay=0.0)
     moves = []
-    for _ in range(10):
+    for _ in range(steps):
         before = weight.detach().clone()
         weight.grad = gradient.clone()
         optimizer.step()
         moves.append((weight.detach() - before) / -PEAK * gradient.sign())
+    return moves
+
+
+def test_rmsprop_moves_every_weight_by_ten_learning_rates_first_and_by_3_2_at_the_tenth():
+    moves = rmsprop_moves(10)
     assert torch.allclose(moves[0], torch.full((3,), 10.0, dtype=torch.float64), rtol=1e-3)
     assert torch.allclose(moves[9], torch.full((3,), (1 - 0.99**10) ** -0.5, dtype=torch.float64), rtol=1e-3)
 
@@ -57,3 +61,41 @@ def test_optimizers_are_torchs_with_the_stated_constants(name: str, theirs):
 def test_an_unknown_optimizer_is_named():
     with pytest.raises(ValueError, match="optimizer is 'lion'"):
         make_optimizer([nn.Parameter(torch.zeros(1))], "lion", 0.1, 0.0)
+
+
+# --- what is unusual about a schedule ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def test_nothing_is_said_of_the_recipe_and_of_the_demo(optimizer: str):
+    assert schedule_notes(optimizer, warmup_steps=289, total_steps=2889) == []
+    assert schedule_notes(optimizer, warmup_steps=17, total_steps=164) == []
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_few_steps_are_said_and_a_first_one_without_a_rate_where_it_is_so(warmup: int):
+    (note,) = schedule_notes("adamw", warmup, 19)
+    assert note.startswith("19 steps are few to learn from")
+    assert ("first one has a learning rate of 0" in note) == (lr_at(0, 19, warmup, PEAK) == 0.0)
+    assert schedule_notes("adamw", warmup, 20) == []
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(30, 30), (40, 30), (29, 30)])
+def test_a_warmup_without_an_end_is_said(warmup: int, total: int):
+    reached = max(lr_at(step, total, warmup, PEAK) for step in range(total)) == PEAK
+    said = f"warmup takes all {total} steps, so the learning rate never reaches its peak"
+    assert schedule_notes("adamw", warmup, total) == ([] if reached else [said])
+
+
+def test_the_size_of_rmsprops_first_full_step_is_said_where_it_is_more_than_three_rates():
+    """The factor is torch's own, after as many steps with a lower rate. AdamW corrects for it."""
+    moves = rmsprop_moves(31)
+    for warmup in range(31):
+        factor = moves[warmup].max().item()
+        notes = schedule_notes("rmsprop", warmup, 100)
+        assert len(notes) == (factor > 3)
+        if notes:
+            assert f"after {warmup} warmup steps its step is still {factor:.1f} times the learning rate" in notes[0]
+            assert "train.optimizer=adamw" in notes[0]
+        assert schedule_notes("adamw", warmup, 100) == []
+    assert (len(schedule_notes("rmsprop", 10, 100)), len(schedule_notes("rmsprop", 11, 100))) == (1, 0)

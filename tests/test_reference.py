@@ -1,6 +1,7 @@
 """reference.py, law 8: cached = live; what changes the numbers misses the cache, and nothing else does."""
 
 import json
+import re
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from notus import distributed, reference
-from notus.data import Pair
 from notus.distributed import World, full_tensor, shard
 from notus.model import Mistral, pair_logps
 from notus.packing import pack_pairs
-from notus.reference import RECORD, ReferenceCache, cache_header, pair_key, reference_logps, score_pairs, verify
+from notus.reference import RECORD, ReferenceCache, cache_header, reference_logps, score_pairs, verify
+from notus.tokens import Pair, pair_key
 
 CONFIG = tiny_config(sliding_window=8)
-HEADER = cache_header("ab" * 32, CONFIG, "float32")
+HEADER = cache_header("ab" * 32, CONFIG, torch.float32)
 PAIRS = random_pairs(np.random.default_rng(0), 11, CONFIG.vocab_size)
 ALL = pair_set(PAIRS)
 BUDGET = 56  # tokens: some micro-batches of several pairs
@@ -224,7 +225,7 @@ def test_another_header_misses_altogether(score, change: dict):
 def test_another_forward_pass_misses_altogether(score, monkeypatch):
     score()
     monkeypatch.setattr(reference, "FORWARD_VERSION", reference.FORWARD_VERSION + 1)
-    assert score(header=cache_header("ab" * 32, CONFIG, "float32"))[1] == len(PAIRS)
+    assert score(header=cache_header("ab" * 32, CONFIG, torch.float32))[1] == len(PAIRS)
 
 
 def test_the_header_says_what_the_numbers_depend_on(score, tmp_path: Path):
@@ -271,45 +272,64 @@ def test_a_torn_last_append_is_computed_again_as_a_whole(score, tmp_path: Path, 
     assert score()[1] == 0
 
 
-def test_any_flipped_byte_of_a_record_is_refused_by_file_and_record(score, tmp_path: Path):
-    score()
+def test_a_flipped_byte_of_a_record_costs_its_file_and_nothing_else(score, tmp_path: Path, capsys):
+    """The file is named and set aside, and its pairs are computed again to the same bits."""
+    logps, _ = score()
     path = records_file(tmp_path)
     content = path.read_bytes()
     for byte in range(40):
         spoiled = bytearray(content)
         spoiled[3 * 40 + byte] ^= 1 << byte % 8
         path.write_bytes(spoiled)
-        with pytest.raises(ValueError) as caught:
-            score()
-        assert str(caught.value).startswith(f"{path}: record 3 fails its checksum")
-    path.write_bytes(content)
+        again, computed = score()
+        assert torch.equal(again, logps)
+        # Of a flipped "follow" another record may be the last of a whole append. Then less is lost.
+        assert computed == len(PAIRS)
+        assert f"{path} is damaged: record 3 fails its checksum" in capsys.readouterr().out
+    assert len(list(path.parent.glob("*.damaged*"))) == 40
     assert score()[1] == 0
 
 
-def test_a_header_that_is_not_its_directorys_is_refused(score, tmp_path: Path):
-    score()
+@pytest.mark.parametrize("content", ["", "{}", "\0" * 300, None])
+def test_a_header_that_is_not_its_folders_costs_the_cache(score, tmp_path: Path, capsys, content: str | None):
+    logps, _ = score()
     (path,) = tmp_path.rglob("header.json")
-    path.write_text(path.read_text().replace("ab", "ac"))
-    with pytest.raises(ValueError, match="not the header this directory is named after") as caught:
-        score()
-    assert str(caught.value).startswith(str(path))
+    path.unlink() if content is None else path.write_text(content)
+    again, computed = score()
+    assert computed == len(PAIRS) and torch.equal(again, logps)
+    assert "is not the header this folder is named after" in capsys.readouterr().out
+    assert score()[1] == 0
 
 
-def test_a_record_of_other_token_counts_is_refused_with_the_pair(score, tmp_path: Path, monkeypatch):
-    keys = iter(pair_key(pair) for pair in reversed(PAIRS[:2]))
+def test_a_cache_that_another_run_is_just_making_is_left_alone(tmp_path: Path):
     cache = ReferenceCache(tmp_path, HEADER)
-    with monkeypatch.context() as patch:
-        patch.setattr(reference, "pair_key", lambda _pair: next(keys))
-        cache.append(PAIRS[:2], np.zeros((2, 2), dtype=np.float32))
-    with pytest.raises(ValueError, match=rf"the record of {PAIRS[0].where} counts other tokens"):
-        score()
+    cache.directory.mkdir()
+    (cache.directory / "header.json.tmp").write_text("{")
+    assert cache.read() == {}
+    assert [path.name for path in tmp_path.rglob("*")] == [cache.directory.name, "header.json.tmp"]
+
+
+def test_a_record_of_other_token_counts_is_not_used(score, tmp_path: Path):
+    cache = ReferenceCache(tmp_path, HEADER)
+    cache.append(ALL.keys[:2], ALL.lengths[1::-1, 1:], np.zeros((2, 2), dtype=np.float32))
+    assert (ALL.lengths[0, 1:] != ALL.lengths[1, 1:]).any()
+    assert score(PAIRS[:2])[1] == 2
+
+
+def test_a_complete_cache_may_be_read_only(score, monkeypatch):
+    """Nothing is opened for writing, and no lock is taken."""
+    score()
+    monkeypatch.setattr(ReferenceCache, "_open", None)
+    assert score()[1] == 0
 
 
 def test_random_rows_are_computed_again_and_compared(score, model: Mistral, world: World):
     logps, _ = score()
     assert 0 <= verify(model, ALL, logps, world, BUDGET, torch.float32, rows=len(PAIRS)) < 1e-4
     logps[7, 1] += 0.01
-    with pytest.raises(RuntimeError, match=rf"differs from its reference in 1 of 11 pairs, most in {PAIRS[7].where}"):
+    with pytest.raises(
+        ArithmeticError, match=rf"differs from its reference in 1 of 11 pairs, most in {PAIRS[7].where}"
+    ):
         verify(model, ALL, logps, world, BUDGET, torch.float32, rows=len(PAIRS))
 
 
@@ -380,7 +400,7 @@ def config_file(mistral_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest
 def test_fill_inspect_and_verify_from_the_command_line(config_file: Path, capsys):
     assert reference.main(["fill", "run.toml"]) == 0
     text = capsys.readouterr().out
-    assert "8 pairs scored, 0 found in cache/" in text and "2 pairs scored, 0 found in cache/" in text
+    assert "8 pairs scored, 0 found in cache/" in text and "2 held-out pairs scored, 0 found in cache/" in text
     assert reference.main(["inspect", "cache"]) == 0
     text = capsys.readouterr().out
     assert "10 pairs, every checksum right" in text and "float32, 2 layers x 8, forward version 1" in text
@@ -397,14 +417,14 @@ def test_verify_finds_a_record_that_another_model_wrote(config_file: Path, capsy
     records[3]["crc"] = zlib.crc32(records[3].tobytes()[:-4])
     path.write_bytes(records.tobytes())
     capsys.readouterr()
-    with pytest.raises(RuntimeError, match=r"differs from its reference in 1 of 8 pairs, most in train.jsonl:\d"):
-        reference.main(["verify", "run.toml"])
+    assert reference.main(["verify", "run.toml"]) == 2
+    assert re.search(r"differs from its reference in 1 of 8 pairs, most in train.jsonl:\d", capsys.readouterr().err)
 
 
 def test_bad_input_on_the_command_line(config_file: Path, capsys):
     for arguments, message in (
         (["inspect", "nowhere"], "nowhere: no reference cache in it"),
-        (["fill", "none.toml"], "none.toml: No such file"),
+        (["fill", "none.toml"], "none.toml: cannot be read: No such file"),
         (["fill", "run.toml", "dpo.beta=0"], "dpo.beta = 0.0 is outside (0, inf)"),
         (["verify", "run.toml", "data.train=none.jsonl"], "none.jsonl: no such file"),
     ):

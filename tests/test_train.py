@@ -11,9 +11,11 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,26 +25,26 @@ from conftest import write_mistral_tokenizer
 from safetensors.torch import load_file, save_file
 from tiny import config_json, hf_load, hf_logps, random_pairs, save_checkpoint, tiny_config, tiny_model
 
+from notus import base as base_module
 from notus import config as configuration
-from notus import distributed, weights
-from notus.chat import ZEPHYR_TEMPLATE, load_chat_template
-from notus.data import load_pairs
-from notus.model import RECOMPUTE, pair_logps
+from notus import distributed, metrics, weights
+from notus.base import Frame, read_base
+from notus.chat import ZEPHYR_TEMPLATE
+from notus.checkpoint import Checkpoints
+from notus.distributed import World
+from notus.losses import METRICS
+from notus.model import RECOMPUTE
 from notus.optim import make_optimizer
-from notus.packing import pack_pairs, to_device
+from notus.packing import pack_pairs
 from notus.plan import MISTRAL_7B
-from notus.reference import RECORD, check_same, pair_key
-from notus.tokenizer import load_tokenizer
+from notus.reference import RECORD, check_same
+from notus.tokens import PairSet, load_pairs, pair_key
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 
-NAMES = (
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
-    "logps/rejected",
-)  # fmt: skip
 LOG2 = math.log(2)
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 WORDS = [
@@ -75,6 +77,7 @@ cache_dir = "tokens"
 [train]
 output_dir = "out"
 learning_rate = 1e-3
+optimizer = "rmsprop"
 warmup_ratio = 0.2
 num_train_epochs = 2
 pairs_per_step = 12
@@ -104,6 +107,11 @@ def rows(rng: random.Random, count: int) -> list[dict]:
         answers = {"chosen": chosen, "rejected": rejected}
         made.append({name: [user, {"role": "assistant", "content": text}] for name, text in answers.items()})
     return made
+
+
+def pairs_of(base: Path, path: Path) -> PairSet:
+    """The pairs of a file as the run of CONFIG reads them."""
+    return load_pairs([path], read_base(base).encoder(Frame()), max_length=128, max_prompt_length=64)
 
 
 def write(path: Path, rows: list) -> None:
@@ -252,9 +260,8 @@ def test_the_loss_begins_at_log_2_and_falls(finished: Path):
 
 
 def test_the_exported_model_has_the_log_probs_of_the_last_evaluation(world_dir: Path, finished: Path):
-    settings = {"max_length": 128, "max_prompt_length": 64, "bos": True, "system_prompt": ""}
     final = finished / "final"
-    pairs = load_pairs([world_dir / "test.jsonl"], load_tokenizer(final), load_chat_template(final), **settings)
+    pairs = pairs_of(final, world_dir / "test.jsonl")
     policy, reference = hf_load(final), hf_load(world_dir / "base")
     with torch.no_grad():
         logps = torch.stack(
@@ -267,7 +274,7 @@ def test_the_exported_model_has_the_log_probs_of_the_last_evaluation(world_dir: 
     rewards = 0.1 * (logps[0] - logps[1])
     margins = rewards[:, 0] - rewards[:, 1]
     expected = [-torch.nn.functional.logsigmoid(margins).mean(), *rewards.mean(0), (margins > 0).float().mean()]
-    assert [last[f"eval_{name}"] for name in NAMES[:4]] == pytest.approx([x.item() for x in expected], rel=1e-4)
+    assert [last[f"eval_{name}"] for name in METRICS[:4]] == pytest.approx([x.item() for x in expected], rel=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [30, 90, 100_000])
@@ -360,31 +367,26 @@ def test_a_run_on_a_gpu_is_the_run_on_the_cpu_to_the_rounding_of_bfloat16(run, f
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("level", RECOMPUTE)
-def test_nothing_in_a_micro_batch_makes_the_host_wait_for_the_gpu(level: str):
+def test_nothing_in_a_micro_batch_makes_the_host_wait_for_the_gpu(monkeypatch, level: str):
     device = torch.device("cuda")
     model = tiny_model(tiny_config(head_dim=16), dtype=torch.bfloat16).to(device)
     model.model.recompute = level
     pairs = random_pairs(np.random.default_rng(0), 6, model.config.vocab_size)
-    optimizer, config = (
-        make_optimizer(model.parameters(), "rmsprop", 1e-5, 0.0),
-        configuration.load(ROOT / "configs" / "demo.toml"),
-    )
-    reference, members = torch.zeros(10, 2), np.arange(2, 8)
+    optimizer = make_optimizer(model.parameters(), "rmsprop", 1e-5, 0.0)
+    alone, micro_batch = World(0, 1, device, None), (np.arange(2, 8), pack_pairs(pairs))
 
-    def step() -> None:
-        policy = pair_logps(model, pack_pairs(pairs).to(device))
-        losses, _ = train.sums(policy, to_device(reference[members], device), config)
-        losses.sum().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()  # kernels are chosen, the optimizer's state is made
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
+    def end_of_step(totals: torch.Tensor) -> torch.Tensor:
+        """What follows is where train_step waits, once."""
         torch.cuda.set_sync_debug_mode("default")
+        return totals
+
+    monkeypatch.setattr(distributed, "sum_over_ranks", end_of_step)
+    for mode in ("default", "error"):  # in the first step kernels are chosen and the optimizer makes its state
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            train.train_step(model, optimizer, [micro_batch], torch.zeros(10, 2), 6, alone, beta=0.1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_run_without_held_out_pairs(run, capsys):
@@ -400,9 +402,9 @@ def test_a_run_without_held_out_pairs(run, capsys):
 
 def test_another_run_over_the_same_base_and_text_scores_nothing_anew(run, capsys):
     other = ("train.learning_rate=1e-5", "train.seed=7", "dpo.beta=0.2", "train.pairs_per_step=5")
-    run(*other, "train.num_train_epochs=1", "data.train=['test.jsonl', 'train.jsonl']", "data.test=test.jsonl")
+    run(*other, "train.num_train_epochs=1", "data.train=test.jsonl", "data.test=train.jsonl")
     text = capsys.readouterr().out
-    assert "0 pairs scored, 49 found in " in text and "0 held-out pairs scored, 9 found in " in text
+    assert "0 pairs scored, 9 found in " in text and "0 held-out pairs scored, 40 found in " in text
 
 
 def test_pairs_cut_otherwise_are_scored_anew_and_only_they(run, capsys):
@@ -417,14 +419,14 @@ def test_pairs_cut_otherwise_are_scored_anew_and_only_they(run, capsys):
     assert scored() == (0, anew + found)
 
 
-def test_a_reference_that_is_not_the_policys_is_refused_with_the_pair(finished: Path, tmp_path: Path, monkeypatch):
+def test_a_reference_that_is_not_the_policys_is_refused_with_the_pair(
+    finished: Path, tmp_path: Path, monkeypatch, capsys
+):
     """A valid record, checksum and all, of another model: off by 0.01 nats in one answer of one pair."""
     world_dir = finished.parent
     monkeypatch.chdir(world_dir)
     shutil.copytree(world_dir / "reference", tmp_path / "reference")
-    base = world_dir / "base"
-    settings = {"max_length": 128, "max_prompt_length": 64, "bos": True, "system_prompt": ""}
-    pairs = load_pairs(["train.jsonl"], load_tokenizer(base), load_chat_template(base), **settings)
+    pairs = pairs_of(world_dir / "base", Path("train.jsonl"))
     victim = pairs[np.random.RandomState([42, 0]).permutation(TRAIN_PAIRS)[3]]  # of the first step
     (header,) = (path for path in tmp_path.rglob("header.json") if "float32" in path.read_text())
     path = header.with_name("rank-00000.records")
@@ -435,10 +437,10 @@ def test_a_reference_that_is_not_the_policys_is_refused_with_the_pair(finished: 
     path.write_bytes(records.tobytes())
 
     out = tmp_path / "out"
-    with pytest.raises(RuntimeError) as caught:
-        train.main(["run.toml", f"train.output_dir={out}", f"reference.cache_dir={tmp_path / 'reference'}"])
-    assert "in 1 of " in str(caught.value) and f"most in {victim.where}: policy [" in str(caught.value)
-    assert "Delete reference.cache_dir" in str(caught.value)
+    assert train.main(["run.toml", f"train.output_dir={out}", f"reference.cache_dir={tmp_path / 'reference'}"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "in 1 of " in error and f"most in {victim.where}: policy [" in error
+    assert "Delete reference.cache_dir" in error
     assert not dist.is_initialized()
     # The rows that are computed again at each start are random: if the victim was one, there is not even a log yet.
     assert not (out / "metrics.jsonl").exists() or training(out) == []
@@ -446,28 +448,26 @@ def test_a_reference_that_is_not_the_policys_is_refused_with_the_pair(finished: 
 
 
 def test_the_check_of_the_reference_allows_rounding_and_no_more(world_dir: Path):
-    base = world_dir / "base"
-    settings = {"max_length": 128, "max_prompt_length": 64, "bos": True, "system_prompt": ""}
-    pairs = load_pairs([world_dir / "test.jsonl"], load_tokenizer(base), load_chat_template(base), **settings)
+    pairs = pairs_of(world_dir / "base", world_dir / "test.jsonl")
     reference = torch.tensor([[-300.0, -20.0], [-50.0, -60.0], [-7.0, -8.0]])
     for dtype, allowed, refused in ((torch.float32, 5e-6, 1e-3), (torch.bfloat16, 0.1, 1.0)):
         for sign in (1, -1):
-            check_same(pairs, range(3), reference + sign * allowed, reference, dtype)
+            check_same(pairs, dtype, range(3), reference + sign * allowed, reference)
             policy = reference.clone()
             policy[1, 0] += sign * refused
-            with pytest.raises(RuntimeError, match=f"in 1 of 3 pairs, most in {pairs[1].where}"):
-                check_same(pairs, range(3), policy, reference, dtype)
+            with pytest.raises(ArithmeticError, match=f"in 1 of 3 pairs, most in {pairs[1].where}"):
+                check_same(pairs, dtype, range(3), policy, reference)
     policy = reference.clone()
     policy[0, 1] += 1
     policy[2, 1] = math.nan
-    with pytest.raises(RuntimeError, match=f"in 2 of 3 pairs, most in {pairs[2].where}"):
-        check_same(pairs, range(3), policy, reference, torch.float32)
+    with pytest.raises(ArithmeticError, match=f"in 2 of 3 pairs, most in {pairs[2].where}"):
+        check_same(pairs, torch.float32, range(3), policy, reference)
 
 
-def test_a_run_that_diverges_stops_and_names_its_pairs(finished: Path, tmp_path: Path, monkeypatch):
+def test_a_run_that_diverges_stops_and_names_its_pairs(finished: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(finished.parent)
-    with pytest.raises(FloatingPointError, match="loss or gradient was not finite in 3 steps in a row"):
-        train.main(["run.toml", f"train.output_dir={tmp_path / 'out'}", "train.learning_rate=1e30"])
+    assert train.main(["run.toml", f"train.output_dir={tmp_path / 'out'}", "train.learning_rate=1e30"]) == 1
+    assert "loss or gradient was not finite in 3 steps in a row" in capsys.readouterr().err
     skipped = [line for line in read_metrics(tmp_path / "out") if "skipped_pairs" in line]
     assert len(skipped) == 3 and all(
         where.startswith("train.jsonl:") for line in skipped for where in line["skipped_pairs"]
@@ -484,7 +484,7 @@ def test_the_output_is_complete_and_nothing_else(world_dir: Path, finished: Path
         return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
     final = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
-    final |= {"tokenizer_config.json"}
+    final |= {"tokenizer_config.json", "notus.json"}
     papers = {"config.toml", "environment.json", "metrics.jsonl", "status.json", "summary.json"}
     papers |= {"curves.png", "run.lock"}
     saved = {f"checkpoints/step-00000008/{name}" for name in ("checkpoint.json", SHARD)}
@@ -500,13 +500,13 @@ def test_config_toml_is_the_configuration_of_the_run(world_dir: Path, finished: 
 def test_environment_json_says_what_it_takes_to_run_again(world_dir: Path, finished: Path):
     facts = json.loads((finished / "environment.json").read_text())
     assert facts.keys() == {
-        "command", "started", "git_commit", "versions", "devices", "data_sha256", "model_sha256", "identity",
-        "processes", "seed", "train_pairs", "test_pairs", "steps",
+        "command", "started", "git_commit", "versions", "devices", "threads", "data_sha256", "model_sha256",
+        "identity", "processes", "settings", "train_pairs", "test_pairs", "steps",
     }  # fmt: skip
     alone = distributed.World(0, 1, torch.device("cpu"), None)
-    assert facts["model_sha256"] == weights.digest(world_dir / "base", alone, world_dir / "reference")
+    assert facts["model_sha256"] == weights.digest(world_dir / "base", alone)
     assert facts["data_sha256"].keys() == {"train.jsonl", "test.jsonl"}
-    assert (facts["processes"], facts["seed"]) == (1, 42)
+    assert (facts["processes"], facts["settings"]["train.seed"]) == (1, 42)
     assert (facts["train_pairs"], facts["test_pairs"], facts["steps"]) == (TRAIN_PAIRS, TEST_PAIRS, STEPS)
 
 
@@ -519,10 +519,10 @@ def test_metrics_have_every_step_by_trls_names(finished: Path):
     assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)  # a step, then its evaluation
     for line in training(finished):
         extra = {"grad_norm", "learning_rate", "tokens_per_second", "memory_gib"}
-        assert line.keys() == {"step", "epoch", *NAMES, *extra}
+        assert line.keys() == {"step", "epoch", *METRICS, *extra}
         assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
     for line in evaluations(finished):
-        assert line.keys() == {"step", "epoch", "eval_runtime", *(f"eval_{name}" for name in NAMES)}
+        assert line.keys() == {"step", "epoch", "eval_runtime", *(f"eval_{name}" for name in METRICS)}
     assert [line["epoch"] for line in training(finished)] == [k / 4 for k in range(1, STEPS + 1)]
     rates = [1e-3 * factor for factor in (0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
     assert [line["learning_rate"] for line in training(finished)] == pytest.approx(rates)
@@ -555,6 +555,26 @@ def test_log_steps_averages_over_the_pairs_between(run, finished: Path):
         expected = sum(every[k] * sizes[k] for k in steps) / sum(sizes[k] for k in steps)
         assert line["loss"] == pytest.approx(expected, rel=1e-6)
     assert [line["step"] for line in evaluations(out)] == list(EVALUATIONS)
+
+
+def test_neither_evaluating_nor_saving_is_time_of_a_step(run, monkeypatch: pytest.MonkeyPatch):
+    """The one before the first step too. A clock that they put forward by hours leaves a step its speed."""
+    hours = []
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * len(hours))
+    monkeypatch.setattr(metrics, "time", clock)
+
+    def slow(work: Callable) -> Callable:
+        def worked(*arguments, **named):
+            hours.append(work)
+            return work(*arguments, **named)
+
+        return worked
+
+    monkeypatch.setattr(train, "held_out_metrics", slow(train.held_out_metrics))
+    monkeypatch.setattr(Checkpoints, "save", slow(Checkpoints.save))
+    lines = training(run("train.save_steps=4", "train.num_train_epochs=1"))
+    assert len(hours) == 4 and len(lines) == 4  # evaluations at 0, 3 and 4, a checkpoint at 4
+    assert all(line["tokens_per_second"] > 1 for line in lines)  # a step has some hundred tokens
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -618,7 +638,7 @@ BAD = {
     "unknown setting in the file": (
         lambda d: (d / "run.toml").write_text(CONFIG + "chache_dir = 'x'\n"),
         [],
-        "run.toml:26: unknown setting distributed.chache_dir; did you mean reference.cache_dir?",
+        "run.toml:27: unknown setting distributed.chache_dir; did you mean data.cache_dir or reference.cache_dir?",
     ),
     "mistyped": (None, ["train.seed=true"], "command line: train.seed must be a whole number, not True"),
     "out of range": (None, ["dpo.beta=0"], "command line: dpo.beta = 0.0 is outside (0, inf)"),
@@ -630,7 +650,7 @@ BAD = {
     "not a setting": (None, ["beta"], "'beta' is not of the form section.key=value"),
     "unknown flag": (None, ["--resume"], "'--resume' is not of the form section.key=value"),
     "not TOML": (lambda d: (d / "run.toml").write_text("[model"), [], "run.toml: "),
-    "no such TOML": (lambda d: (d / "run.toml").unlink(), [], "run.toml: No such file"),
+    "no such TOML": (lambda d: (d / "run.toml").unlink(), [], "run.toml: cannot be read: No such file"),
     "no config.json": (lambda d: (d / "base" / "config.json").unlink(), [], "config.json: no such file"),
     "malformed config.json": (lambda d: (d / "base" / "config.json").write_text("{"), [], "config.json:1: not JSON"),
     "not Mistral": (
@@ -638,12 +658,12 @@ BAD = {
         [],
         "config.json: model_type is 'llama'; this model needs 'mistral'",
     ),
-    "no weights": (lambda d: (d / "base" / "model.safetensors").unlink(), [], "base: no weights: neither model.safete"),
-    "missing tensor": (lambda d: change_weights(d, lambda t: t.pop(NORM)), [], f"lack 1 tensors, e.g. {NORM}"),
+    "no weights": (lambda d: (d / "base" / "model.safetensors").unlink(), [], "base: no weights in safetensors format"),
+    "missing tensor": (lambda d: change_weights(d, lambda t: t.pop(NORM)), [], f"1 missing tensors, e.g. {NORM}"),
     "extra tensor": (
         lambda d: change_weights(d, lambda t: t.update(extra=torch.zeros(1))),
         [],
-        "have, unknown to a Mistral, 1 tensors, e.g. extra",
+        "1 unexpected tensors, e.g. extra",
     ),
     "wrong shape": (
         lambda d: change_weights(d, lambda t: t.update({NORM: torch.zeros(17)})),
@@ -655,12 +675,12 @@ BAD = {
         [],
         "base: no tokenizer: neither tokenizer.json nor tokenizer.model",
     ),
-    "vocabulary smaller than the ids": (fewer_rows, [], "but config.json has a vocab_size of 97"),
-    "output is a file": (None, ["train.output_dir=test.jsonl"], "test.jsonl: is not empty, and holds no run"),
+    "vocabulary smaller than the ids": (fewer_rows, [], "but the model's embedding has only 97 rows"),
+    "output is a file": (None, ["train.output_dir=test.jsonl"], "test.jsonl: is a file"),
     "output not empty": (
         None,
         ["train.output_dir=base"],
-        "base: is not empty, and holds no run; name another",
+        "base: is not empty and holds no run; choose another",
     ),
     "no such GPU": (None, ["train.device=cuda"], "local rank 0 has no GPU"),
 }
@@ -682,7 +702,7 @@ def test_bad_input_is_refused_on_one_screen_before_any_weight_is_read(
         return sorted(path for path in tmp_path.rglob("*") if "tokens" not in path.parts)  # of good data, cached
 
     before = files()
-    monkeypatch.setattr(weights, "load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(base_module, "load_weights", lambda *_: pytest.fail("weights were read"))
     code = train.main(["run.toml", *overrides])
     out, err = capsys.readouterr()
     assert code == 2
@@ -745,7 +765,7 @@ def test_settings_without_a_file_change_the_demo(capsys):
 def test_without_the_demos_data_the_error_says_what_is_missing(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main([]) == 2
-    assert "runs/demo/base/config.json: no such file" in capsys.readouterr().err
+    assert "runs/demo/base: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -768,7 +788,7 @@ def test_dry_run_needs_no_weights_and_says_what_the_run_costs(
     path: Path, seven_b: Path, world_dir: Path, tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(weights, "load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(base_module, "load_weights", lambda *_: pytest.fail("weights were read"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     data = [f"data.{name}={world_dir / name}.jsonl" for name in ("train", "test")]
     assert train.main([str(path), "--dry-run", f"model.path={seven_b}", "data.cache_dir=tokens", *data]) == 0

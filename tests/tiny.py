@@ -9,14 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from notus.attention import PackedAttention
-from notus.data import Pair, PairSet
-from notus.model import Mistral, MistralConfig
+from notus.chat import ZEPHYR_TEMPLATE
+from notus.dims import MistralConfig
+from notus.model import Mistral
 from notus.packing import Segment
+from notus.tokens import Pair, PairSet
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
@@ -105,6 +108,20 @@ def save_checkpoint(model: Mistral, directory: Path, dtype: torch.dtype = torch.
     (directory / "config.json").write_text(json.dumps(config_json(model.config, spelling, dtype), indent=2))
     tensors = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def save_base(directory: Path, words: str = "a b c d e f g", **overrides) -> Path:
+    """A whole base in Hugging Face layout, with one token id for each word: enough for Zephyr's template."""
+    vocabulary = ["<unk>", "<s>", "</s>", "<|", "|>", "user", "system", "assistant", *words.split()]
+    save_checkpoint(tiny_model(tiny_config(**{"vocab_size": len(vocabulary), **overrides})), directory)
+    ids = {word: i for i, word in enumerate(vocabulary)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": ZEPHYR_TEMPLATE}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
 
 

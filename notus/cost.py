@@ -1,0 +1,203 @@
+"""What a run costs: FLOPs, GiB of a GPU by part, bytes of traffic. Arithmetic on shapes alone, no weights, no data.
+
+Training uses it to deal pairs evenly over ranks, to report MFU and to choose what to recompute. `python -m notus.plan`
+prints it.
+
+FLOPs count each useful multiplication once (no credit for recomputation): 2 a parameter and token forward, 4 backward,
+plus attention, on unique tokens. A prompt counts once for both answers.
+
+Legend: T tokens of a stream, R response tokens, P pairs, D model dimension, V vocabulary, H query heads, K key/value
+heads.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from notus.dims import MistralConfig
+from notus.logprobs import CHUNK_ROWS, KEEP_BYTES
+from notus.model import RECOMPUTE, DecoderLayer, is_product, rotary_table
+
+GIB = 2**30
+RESERVE_GIB = 3.0  # of a GPU's memory, for CUDA itself and for fragmentation
+
+
+@dataclass(frozen=True)
+class Device:
+    """One GPU: dense bfloat16 FLOP/s and NVLink bytes/s in one direction, from its data sheet; memory, from torch's
+    out-of-memory errors in public bug reports; and the MFU that a step is assumed to reach."""
+
+    peak_flops: float
+    memory_gib: float
+    link_bytes: float
+    mfu: float
+
+
+# Published MFU of pre-training in bfloat16. A100: 51 % (7B, 8 x 40GB, all recomputed) and 58 to 64 % (7B, 8 x 80GB) in
+# MosaicML llm-foundry, scripts/train/benchmarking; 57 to 68 % (7B) in PyTorch's blog, "Maximizing training throughput".
+# H100: 46 % (7B, llm-foundry); 33 %, compiled 39 % (8B, torchtitan, benchmarks/llama3_h100_202412). H200: as the H100,
+# whose chip it has. B200: no figure found, a guess. Published DPO stacks reach 6 to 29 %.
+DEVICES = {
+    "A100-40GB": Device(312e12, 39.4, 300e9, 0.50),
+    "A100-80GB": Device(312e12, 79.1, 300e9, 0.50),
+    "H100-80GB": Device(989e12, 79.1, 450e9, 0.40),
+    "H200": Device(989e12, 139.7, 450e9, 0.40),
+    "B200": Device(2250e12, 178.3, 900e9, 0.35),
+}
+
+
+def peak_flops(device_name: str) -> float | None:
+    """By the name that torch.cuda.get_device_name gives; None for a device that is not in the table."""
+    family = next((f for f in ("A100", "H100", "H200", "B200") if f in device_name), None)
+    return next((d.peak_flops for name, d in DEVICES.items() if family and name.startswith(family)), None)
+
+
+def num_parameters(dims: MistralConfig) -> tuple[int, int]:
+    """(of all decoder layers, of embedding, last norm and head)."""
+    with torch.device("meta"):
+        layer = sum(p.numel() for p in DecoderLayer(dims).parameters())
+    tables = dims.vocab_size * dims.hidden_size * (1 if dims.tie_word_embeddings else 2)
+    return layer * dims.num_hidden_layers, tables + dims.hidden_size
+
+
+def forward_flops(dims: MistralConfig, lengths: np.ndarray) -> np.ndarray:
+    """One forward pass over pairs of `lengths` (P, 3), prompts shared -> (P,). With backward it is three times this."""
+    layer_parameters, _ = num_parameters(dims)
+    heads, hidden = dims.num_attention_heads * dims.head_dim, dims.hidden_size
+    skipped = heads * hidden + 3 * hidden * dims.intermediate_size + hidden  # by prompts in the last layer
+    attention = 4 * dims.num_attention_heads * dims.head_dim * dims.num_hidden_layers  # a query-key meeting
+    head = 2 * dims.vocab_size * dims.hidden_size  # a scored token
+    prompt, *answers = lengths.T.astype(np.float64)
+    meetings = prompt * (prompt + 1) / 2 + sum(length * prompt + length * (length + 1) / 2 for length in answers)
+    layers = 2 * (layer_parameters * lengths.sum(axis=1) - skipped * prompt)
+    return layers + attention * meetings + head * sum(answers)
+
+
+@functools.cache
+def activation_bytes(dims: MistralConfig, dtype: torch.dtype, recompute: str, compiled: bool) -> int:
+    """Bytes that a decoder layer keeps for backward, per token of the stream: counted, on the meta device, by asking
+    autograd what it saves (`none`), or which results are kept (`elementwise`); `full` is the layer's input alone.
+
+    As on a GPU: there RMSNorm is one kernel, which keeps its input and a float32 a row (elsewhere more), and attention
+    is one, which keeps query, key, value, its output, and a float32 for each head. A compiled layer keeps the norms'
+    results even with `elementwise`, but not what down_proj gave; with `none` it keeps less than said here.
+    """
+    if recompute == "full":
+        return dims.hidden_size * dtype.itemsize
+    tokens = 64
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in shared:
+            kept[storage._cdata] = storage  # held, so that no other storage takes its name
+        return tensor
+
+    def attend(_layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = query.clone()
+        for tensor in (query, key, value, out) if recompute == "none" else (out,):
+            keep(tensor)
+        return out
+
+    class KeepProducts(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **kwargs or {})
+            return keep(out) if is_product(op) else out
+
+    with torch.device("meta"):
+        layer = DecoderLayer(dims).to(dtype)
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            vars(norm)["forward"] = functools.partial(torch.mul, norm.weight)  # one kernel, which saves its input
+        x = torch.empty(tokens, dims.hidden_size, dtype=dtype, requires_grad=True)
+        rotary = rotary_table(torch.arange(tokens), dims.head_dim, dims.rope_theta, dtype)
+        shared = {tensor.untyped_storage()._cdata for tensor in (*layer.parameters(), *rotary)}
+        if recompute == "elementwise":
+            keep(x)
+            with KeepProducts():
+                layer(x, rotary, attend, 0)
+        else:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                layer(x, rotary, attend, 0)
+    more = dims.hidden_size * dtype.itemsize if compiled and recompute == "elementwise" else 0
+    rows = dims.num_attention_heads + (2 if recompute == "none" else 0)  # float32: attention's, and the two norms'
+    return sum(storage.nbytes() for storage in kept.values()) // tokens + 4 * rows + more
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What the cost of a run depends on, besides the model and the data. Fields are named as the settings are."""
+
+    num_gpus: int
+    replicate: int
+    dtype: torch.dtype  # of matmuls and activations
+    optimizer: str
+    micro_batch_tokens: int
+    activation_checkpointing: str  # one of RECOMPUTE, or "auto"
+    compile: bool
+    cpu_offload: bool
+    num_train_epochs: int
+    pairs_per_step: int
+    eval_steps: int
+
+    def __post_init__(self) -> None:
+        if self.num_gpus < 1 or self.num_gpus % self.replicate:
+            raise ValueError(
+                f"{self.num_gpus} GPUs cannot hold distributed.replicate = {self.replicate} equal copies of the model"
+            )
+
+    @property
+    def shards(self) -> int:
+        return self.num_gpus // self.replicate
+
+
+def scored_share(lengths: np.ndarray) -> float:
+    """Pairs of `lengths` (P, 3): the share of their tokens that meet the head."""
+    return float(lengths[:, 1:].sum() / max(1, lengths.sum()))
+
+
+def memory_gib(dims: MistralConfig, job: Job, scored: float, recompute: str) -> dict[str, float]:
+    """GiB per GPU, by part, at the peak of a training step; `scored` is the data's `scored_share`. A slight
+    overestimate, since the parts do not all peak at once. Excludes the CUDA context and fragmentation (RESERVE_GIB)."""
+    layers, rest = num_parameters(dims)
+    share = 0 if job.cpu_offload else (layers + rest) / job.shards
+    one_layer = layers / dims.num_hidden_layers
+    levels = [recompute] * dims.num_hidden_layers
+    if recompute == "half":
+        levels = ["full" if index % 2 == 0 else "elementwise" for index in range(dims.num_hidden_layers)]
+    kept = {level: activation_bytes(dims, job.dtype, level, job.compile) for level in {*levels, "none"}}
+    # Backward begins with the last layer: everything it saves, recomputed if need be, is alive beside what the others
+    # keep.
+    activations = kept["none"] + sum(kept[level] for level in levels[:-1])  # bytes a token
+    rows, size = scored * job.micro_batch_tokens, job.dtype.itemsize  # rows of the head, R
+    parts = {
+        "weights, fp32 shard": 4 * share,
+        "gradients, fp32 shard": 4 * share,
+        f"{job.optimizer} state, fp32 shard": (8 if job.optimizer == "adamw" else 4) * share,
+        "gathered weights and gradients": size * (2 * rest + 3 * one_layer) + 4 * one_layer,
+        "activations": activations * job.micro_batch_tokens,
+        "head, scored rows and softmax": 3 * rows * dims.hidden_size * size
+        + min(rows * dims.vocab_size * size, KEEP_BYTES)
+        + CHUNK_ROWS * dims.vocab_size * (4 + size),
+    }
+    return {name: size / GIB for name, size in parts.items()}
+
+
+def least_recomputation(dims: MistralConfig, job: Job, scored: float, device_gib: float | None) -> str:
+    """What a run recomputes: the level it names, or with "auto" the first level of RECOMPUTE that fits `device_gib`,
+    and `full` if none does. Without a GPU (None) nothing is recomputed."""
+    if job.activation_checkpointing != "auto":
+        return job.activation_checkpointing
+    if device_gib is None:
+        return "none"
+    needed = {level: sum(memory_gib(dims, job, scored, level).values()) + RESERVE_GIB for level in RECOMPUTE}
+    return next((level for level in RECOMPUTE if needed[level] <= device_gib), "full")
+
+
+def traffic_bytes(dims: MistralConfig, num_gpus: int, dtype: torch.dtype) -> float:
+    """What a GPU receives in one micro-batch, as distributed.shard has it: layers gathered for forward and again for
+    backward, the rest once, in the compute dtype; all gradients reduced in float32."""
+    layers, rest = num_parameters(dims)
+    return (dtype.itemsize * (2 * layers + rest) + 4 * (layers + rest)) * (num_gpus - 1) / num_gpus

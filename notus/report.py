@@ -1,0 +1,120 @@
+"""What a run says of itself: at its start, at its end, and in a dry run.
+
+`facts` is what environment.json holds (run.py): settings by name, counts, digests.
+"""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from notus.base import write_frame
+from notus.card import model_card
+from notus.cost import Job
+from notus.distributed import World
+from notus.files import sentence, write_atomically
+from notus.metrics import duration
+from notus.model import Mistral
+from notus.plan import describe_cost
+from notus.plot import plot
+from notus.run import Inputs
+from notus.tokens import describe_counts, describe_pair
+from notus.weights import export
+
+
+def banner(facts: dict[str, Any], inputs: Inputs, world: World, notes: Sequence[str], step: int) -> str:
+    """Before the first step, or the first one after `step`. notes: what a user should know, a sentence each."""
+    settings, base, train, test = facts["settings"], inputs.base, inputs.train, inputs.test
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    layers, width = base.dims.num_hidden_layers, base.dims.hidden_size
+    system = repr(settings["data.system_prompt"]) if settings["data.insert_system"] else "none"
+    lines = [
+        f"model       {base.path}: {layers} layers x {width}, {settings['train.compute_dtype']} on "
+        f"{world.size} x {device}",
+        f"template    {base.template.origin}; BOS {'added' if settings['data.bos'] else 'not added'}, system turn "
+        f"inserted: {system}",
+        f"train       {', '.join(settings['data.train'])}: {describe_counts(train.counts)}",
+    ]
+    if len(test):
+        lines.append(f"held out    {', '.join(settings['data.test'])}: {describe_counts(test.counts)}")
+    lines.append(
+        f"steps       {facts['steps']:,} of {settings['train.pairs_per_step']} pairs, "
+        f"{settings['train.num_train_epochs']} epochs; beta {settings['dpo.beta']}, {settings['train.optimizer']}, "
+        f"peak learning rate {settings['train.learning_rate']}"
+    )
+    lines += [f"note        {note}" for note in notes]
+    if step:
+        lines.append(f"resuming    after step {step:,}")
+    return "\n".join(lines)
+
+
+def export_model(
+    model: Mistral, facts: dict[str, Any], inputs: Inputs, evaluation: dict[str, float | None], rank: int
+) -> None:
+    """Write the trained model to OUTPUT_DIR/final, with its model card and the frame that it was trained in. All ranks
+    call."""
+    settings, base = facts["settings"], inputs.base
+    export(
+        model, base.path, Path(settings["train.output_dir"]) / "final", getattr(torch, settings["train.export_dtype"]),
+        model_card(facts, evaluation), rank, chat_template=base.template.source if base.template.is_default else None,
+        eos_id=base.tokenizer.eos_id,
+        finish=partial(write_frame, inputs.frame),
+    )  # fmt: skip
+
+
+def finish(facts: dict[str, Any], first: dict[str, float | None], last: dict[str, float | None], seconds: float) -> str:
+    """Write summary.json, draw the curves, and say where everything is. first, last: evaluations, by metric name, None
+    where a value is not finite; {} without held-out pairs."""
+
+    def shown(value: float | None) -> str:
+        return "not finite" if value is None else f"{value:.3f}"
+
+    settings = facts["settings"]
+    output = Path(settings["train.output_dir"])
+    result = {"steps": facts["steps"], "seconds": round(seconds, 1), "first": first, "last": last}
+    write_atomically(output / "summary.json", json.dumps(result, indent=1) + "\n")
+    lines = [f"\ndone: {facts['steps']:,} steps in {duration(seconds)}"]
+    if last:
+        names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
+        changes = (f"{name} {shown(first[key])} -> {shown(last[key])}" for name, key in names.items())
+        lines.append(f"  held out  {'   '.join(changes)}")
+    try:
+        curves = str(plot(output))
+    except (ImportError, OSError, ValueError) as error:
+        curves = f"not drawn: {error}"
+    lines += [
+        f"  model     {output / 'final'}  (Hugging Face layout, {settings['train.export_dtype']})",
+        f"  metrics   {output / 'metrics.jsonl'}",
+        f"  curves    {curves}",
+        "next:",
+        f"  {shlex.join(['python', '-m', 'notus.generate', '--model', str(output / 'final')])}",
+    ]
+    if last:
+        compare = ["--model", str(output / "final"), "--base", settings["model.path"], "--data", *settings["data.test"]]
+        lines.append(f"  {shlex.join(['python', '-m', 'notus.evaluate', 'preferences', *compare])}")
+    return "\n".join(lines)
+
+
+def error(what: object) -> None:
+    """Say why a run did not start, or ended."""
+    print(f"train.py: error: {sentence(what)}", file=sys.stderr, flush=True)
+
+
+def dry_run(inputs: Inputs, job: Job) -> str:
+    """What is known without a GPU: the data, the cost, and one pair as the model sees it."""
+    base, train, test = inputs.base, inputs.train, inputs.test
+    lines = [
+        f"template    {base.template.origin}",
+        f"train       {describe_counts(train.counts)}",
+        f"held out    {describe_counts(test.counts) if len(test) else 'none'}",
+        *(f"note        {note}" for note in inputs.notes),
+        describe_cost(base.dims, job, train.lengths, test.lengths),
+        f"\nthe first pair, {train[0].where}:",
+        describe_pair(train[0], base.tokenizer),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,181 @@
+"""report.py: what a run says is what it knows, and the commands it prints run as printed."""
+
+import importlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from notus import config as configuration
+from notus import demo, run
+from notus.base import read_base
+from notus.config import Config
+from notus.cost import num_parameters
+from notus.distributed import World
+from notus.model import Mistral
+from notus.report import banner, dry_run, finish
+from notus.run import job_of, read_inputs
+
+FOLDER = "it's a $HOME; run & more"  # what a shell would take apart
+FIRST = {"eval_loss": 0.6931, "eval_rewards/accuracies": 0.0, "eval_rewards/margins": 0.0, "eval_runtime": 1.0}
+LAST = {"eval_loss": 0.25, "eval_rewards/accuracies": 0.875, "eval_rewards/margins": 2.0, "eval_runtime": 1.0}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's checkpoint, very small and untrained, and a few pairs."""
+    home = tmp_path_factory.mktemp("home") / FOLDER
+    (home / "base").mkdir(parents=True)
+    demo.write_shell(home / "base", demo.Settings(hidden_size=16, num_layers=1))
+    model = Mistral(read_base(home / "base", need_weights=False).dims)
+    model.initialize(seed=0)
+    save_file(dict(model.state_dict()), home / "base" / "model.safetensors", metadata={"format": "pt"})
+    row = {"instruction": "Say yes.", "chosen_response": "Yes.", "rejected_response": "No."}
+    rows = [row | {"instruction": f"Say yes {n} times."} for n in range(3)]
+    rows.append(row | {"rejected_response": ""})
+    (home / "train.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    (home / "test.jsonl").write_text(json.dumps(row) + "\n")
+    return home
+
+
+@pytest.fixture
+def settings(home: Path, tmp_path: Path) -> Config:
+    return configuration.load(configuration.CONFIGS / "demo.toml", overrides(home, tmp_path))
+
+
+def overrides(home: Path, output: Path) -> list[str]:
+    return [
+        f"model.path={home / 'base'}", f"data.train={home / 'train.jsonl'}", f"data.test={home / 'test.jsonl'}",
+        f"data.cache_dir={home / 'tokens'}", "data.drop_bad_pairs=true", f"train.output_dir={output / FOLDER}",
+    ]  # fmt: skip
+
+
+def facts_of(config: Config, steps: int = 12) -> dict[str, Any]:
+    return run.environment([]) | {"settings": configuration.flat(config), "steps": steps}
+
+
+def world(size: int = 1) -> World:
+    return World(0, size, torch.device("cpu"), None)
+
+
+# --- before a run ----------------------------------------------------------------------------------------------------
+
+
+def test_the_banner_names_model_template_frame_data_and_schedule(home: Path, settings: Config):
+    inputs = read_inputs(settings)
+    lines = banner(facts_of(settings), inputs, world(2), ["the first note", "the second note"], step=0).splitlines()
+    assert lines == [
+        f"model       {home / 'base'}: 1 layers x 16, float32 on 2 x CPU",
+        f"template    {inputs.base.template.origin}; BOS added, system turn inserted: ''",
+        f"train       {home / 'train.jsonl'}: 3 pairs of 4 rows (dropped: an answer is empty 1)",
+        f"held out    {home / 'test.jsonl'}: 1 pairs of 1 rows",
+        "steps       12 of 32 pairs, 2 epochs; beta 0.1, rmsprop, peak learning rate 2e-05",
+        "note        the first note",
+        "note        the second note",
+    ]
+    resumed = banner(facts_of(settings, 2889), inputs, world(), [], step=1400).splitlines()
+    assert resumed[-2].startswith("steps       2,889 of 32 pairs") and resumed[-1] == "resuming    after step 1,400"
+
+
+@pytest.mark.parametrize(
+    ("changes", "frame"),
+    [
+        (["data.bos=false", "data.insert_system=false"], "; BOS not added, system turn inserted: none"),
+        (["data.system_prompt=Be kind."], "; BOS added, system turn inserted: 'Be kind.'"),
+    ],
+)
+def test_the_banner_says_the_frame_and_where_the_template_comes_from(
+    home: Path, tmp_path: Path, changes: list[str], frame: str
+):
+    """A chat_template.jinja beside the weights is what transformers takes, and so is what is named."""
+    base = shutil.copytree(home / "base", tmp_path / "base")
+    template = json.loads((base / "tokenizer_config.json").read_text())["chat_template"]
+    (base / "chat_template.jinja").write_text(template)
+    for directory, origin in ((base, "chat_template.jinja"), (home / "base", "tokenizer_config.json")):
+        words = [*overrides(home, tmp_path), f"model.path={directory}", *changes, "data.test="]
+        config = configuration.load(configuration.CONFIGS / "demo.toml", words)
+        lines = banner(facts_of(config), read_inputs(config), world(), [], step=0).splitlines()
+        assert lines[1].startswith(f"template    {directory / origin}") and lines[1].endswith(frame)
+        assert not any(line.startswith("held out") for line in lines)
+
+
+def test_a_dry_run_shows_data_cost_and_a_pair_as_the_model_reads_it(home: Path, settings: Config, tmp_path: Path):
+    inputs = read_inputs(settings, need_weights=False)._replace(notes=["a note"])
+    report = dry_run(inputs, job_of(settings, num_gpus=3))
+    assert f"template    {inputs.base.template.origin}\n" in report
+    assert "train       3 pairs of 4 rows (dropped: an answer is empty 1)\n" in report
+    assert "held out    1 pairs of 1 rows\nnote        a note\nsteps       2: 2 epochs of 3 pairs, 32 each\n" in report
+    assert f"parameters  {sum(num_parameters(inputs.base.dims)):,}\n" in report
+    assert "GiB a GPU, estimated, with 3 GPUs and 4,096 tokens each, recomputing none\n" in report
+    assert f"the first pair, {home / 'train.jsonl'}:1:\n" in report
+    assert "scored :  Yes.</s>\n" in report and report.endswith("scored :  No.</s>")
+    assert "<s><|system|>\\n</s>\\n<|user|>\\nSay yes 0 times.</s>\\n<|assistant|>\\n\n" in report
+    alone = configuration.load(configuration.CONFIGS / "demo.toml", [*overrides(home, tmp_path), "data.test="])
+    assert "held out    none\n" in dry_run(read_inputs(alone), job_of(alone, 1))
+
+
+# --- after a run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(home: Path, settings: Config) -> Path:
+    """An output folder as training leaves it: its model ends each answer at the first token."""
+    output = Path(settings.train.output_dir)
+    shutil.copytree(home / "base", output / "final")
+    vocabulary = read_base(home / "base").dims.vocab_size
+    (output / "final" / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(vocabulary)]}))
+    (output / "metrics.jsonl").write_text('{"step": 1, "epoch": 0.5, "loss": 0.69}\n')
+    return output
+
+
+def test_the_end_sums_up_and_says_where_everything_is(finished: Path, settings: Config):
+    pytest.importorskip("matplotlib")
+    said = finish(facts_of(settings), FIRST, LAST, seconds=200.04)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary == {"steps": 12, "seconds": 200.0, "first": FIRST, "last": LAST}
+    assert "done: 12 steps in 3m20s\n" in said
+    assert "  held out  loss 0.693 -> 0.250   accuracy 0.000 -> 0.875   margin 0.000 -> 2.000\n" in said
+    assert f"  model     {finished / 'final'}  (Hugging Face layout, float32)\n" in said
+    for name, path in (("metrics", "metrics.jsonl"), ("curves ", "curves.png")):
+        assert f"  {name}   {finished / path}\n" in said and (finished / path).is_file()
+
+
+def test_an_evaluation_that_is_not_finite_is_said_and_null(finished: Path, settings: Config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    said = finish(facts_of(settings), FIRST, LAST | {"eval_loss": None}, seconds=1.0)
+    assert "loss 0.693 -> not finite   accuracy 0.000 -> 0.875" in said
+    assert '"eval_loss": null' in (finished / "summary.json").read_text()
+    assert "  curves    not drawn: curves need matplotlib: pip install -e '.[plots]'\n" in said
+
+
+@pytest.mark.parametrize("line", [None, '{"loss": 0.69}\n'], ids=["none", "damaged"])
+def test_a_run_ends_well_without_its_curves(finished: Path, settings: Config, line: str | None):
+    path = finished / "metrics.jsonl"
+    path.unlink() if line is None else path.write_text(line)
+    said = finish(facts_of(settings), {}, {}, seconds=1.0)
+    assert f"  curves    not drawn: {path}" in said
+    assert "held out" not in said and "notus.evaluate" not in said  # there is nothing to compare on
+    assert json.loads((finished / "summary.json").read_text())["last"] == {}
+
+
+@pytest.mark.usefixtures("finished")
+def test_the_commands_of_the_end_run_as_printed(settings: Config, monkeypatch, capsys):
+    """With the arguments that a real shell makes of them. Without quotes it would take the paths apart."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    lines = finish(facts_of(settings), FIRST, LAST, seconds=1.0).splitlines()
+    printed = lines[lines.index("next:") + 1 :]
+    shell = [subprocess.check_output(["sh", "-c", f"printf '%s\\0' {line}"], text=True) for line in printed]
+    commands = [words.split("\0")[:-1] for words in shell]
+    assert [words[:3] for words in commands] == [["python", "-m", f"notus.{name}"] for name in ("generate", "evaluate")]
+    for _, _, module, *arguments in commands:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Say yes."))
+        assert importlib.import_module(module).main(arguments) == 0
+    report = capsys.readouterr().out
+    assert "0.6931  nats: DPO at beta 0.1" in report  # the trained model is the base here
