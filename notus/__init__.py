@@ -1,3 +1,3 @@
-"""notus: Notus-7B-v1 from scratch. DPO of a Mistral-7B in pure PyTorch, one file per idea; start at train.py."""
+"""Notus-7B-v1 from scratch: DPO of a Mistral-7B in pure PyTorch. `python -m notus` lists the commands."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
