@@ -37,7 +37,7 @@ from notus.checkpoint import Checkpoints
 from notus.config import Config
 from notus.cost import GIB, Job, least_recomputation, num_parameters, scored_share
 from notus.distributed import World, from_rank_zero, on_rank_zero, rank, world_size
-from notus.files import file_digest, lock, make_folder, read_json, write_atomically
+from notus.files import file_digest, lock, make_folder, read_json, text_digest, write_atomically
 from notus.optim import schedule_notes
 from notus.packing import steps_per_epoch
 from notus.tokens import PairSet, load_pairs
@@ -176,10 +176,12 @@ def open_run(config: Config, inputs: Inputs, world: World, fresh: bool, held: Ex
         "steps": total_steps(config, inputs.train),
     }
     facts["identity"] = identity = json.loads(json.dumps(identity_of(config, inputs.base, facts)))
+    facts["identity_sha256"] = text_digest(json.dumps(identity))
     if unfinished:
         # A damaged environment.json tells nothing. The checkpoints carry the identity as well.
-        old = from_rank_zero(world, lambda: read_quietly(output / "environment.json").get("identity"))
-        if isinstance(old, dict) and old != identity:
+        found = from_rank_zero(world, lambda: read_quietly(output / "environment.json"))
+        old = found.get("identity")
+        if old != identity and found.get("identity_sha256") == text_digest(json.dumps(old)):
             raise ValueError(f"{output}: holds an unfinished run of another kind: {describe_difference(old, identity)}")
 
     checkpoints = Checkpoints(

@@ -397,7 +397,10 @@ def test_a_run_resumes_from_its_newest_checkpoint_with_its_log(settings: Config,
 def test_checkpoints_carry_the_identity_too(settings: Config, world: World):
     """environment.json can be lost, or damaged."""
     opened = run_once(settings, world)
-    for content in ("{", "[]", '{"identity": 7}'):
+    written = (opened.output / "environment.json").read_text()
+    flipped = written.replace('"dpo.beta": 0.1', '"dpo.beta": 0.3')  # in the settings and in the identity
+    assert flipped.count('"dpo.beta": 0.3') == 2
+    for content in ("{", "[]", '{"identity": 7}', flipped):
         (opened.output / "environment.json").write_text(content)
         run_once(settings, world)
     save_a_checkpoint(opened, world, opened.facts["identity"] | {"dpo.beta": 0.7})
