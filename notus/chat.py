@@ -45,7 +45,7 @@ MAX_FILE_BYTES = 1 << 20  # of chat_template.jinja; the longest in use have abou
 # What `strftime_now` says. Llama 3.2's template writes this date itself where a program offers no `strftime_now`.
 TODAY = datetime(2024, 7, 26)
 
-Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": text}
+Message = dict[str, Any]  # {"role": "system" | "user" | "assistant" | "tool", "content": text}
 
 # Byte for byte the `chat_template` of zephyr-7b-sft-full, zephyr-7b-beta and notus-7b-v1.
 ZEPHYR_TEMPLATE = (
@@ -182,7 +182,7 @@ def _memory_limit() -> Iterator[None]:
 
 # --- checks, on a conversation of marked texts -----------------------------------------------------------------------
 
-_SYSTEM, _USER, _ANSWER = "marked system text", "marked user text", "marked answer text"
+_SYSTEM, _USER, _ANSWER, _TOOL = (f"marked {part} text" for part in ("system", "user", "answer", "tool"))
 
 
 @_memory_limit()
@@ -259,6 +259,16 @@ def _check_system_turn(template: ChatTemplate, system_prompt: str) -> list[str]:
             "instead; data.insert_system=false keeps the template's own."
         ]
     return []
+
+
+def check_tool_turns(template: ChatTemplate, messages: Sequence[Message]) -> None:
+    """ValueError if the conversation has turns of a tool and the template leaves them out, as Zephyr's does."""
+    marked = [message | {"content": _TOOL} if message["role"] == "tool" else message for message in messages]
+    if marked != messages and _TOOL not in template.render(marked):
+        raise ValueError(
+            f"{template.origin}: the chat template leaves out what tools say. Write it into a user turn, or use a base "
+            "whose template has tool turns"
+        )
 
 
 def with_system_turn(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:

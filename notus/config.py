@@ -42,8 +42,11 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    train: tuple[str, ...] = setting("files of preference pairs to train on, as binarize.py writes them", path=True)
+    train: tuple[str, ...] = setting("files of preference pairs to train on: JSON, CSV or parquet", path=True)
     test: tuple[str, ...] = setting("files of held-out pairs for evaluation; may be empty", (), path=True)
+    test_size: float = setting(
+        "without data.test: share of rows to hold out, or from 1 on their number", 0.0, "[0, inf)"
+    )
     max_length: int = setting("tokens of prompt + answer; longer pairs are truncated as in TRL 0.7", 1024, "[2, inf)")
     max_prompt_length: int = setting("tokens kept of the prompt, from its end, if a pair is too long", 512, "[1, inf)")
     bos: bool = setting("start every prompt with <s>, as in the SFT", True)
@@ -358,6 +361,17 @@ def check(config: Config, where: dict[str, str]) -> None:
             f"data.system_prompt = {shown(data.system_prompt)} would never be used: data.insert_system is false",
             "data.system_prompt",
             "data.insert_system",
+        )
+    if data.test_size and data.test:
+        refuse(
+            f"data.test_size = {data.test_size:g} holds out rows of data.train, but data.test names held-out files; "
+            "set one of the two",
+            "data.test_size",
+            "data.test",
+        )
+    if data.test_size >= 1 and data.test_size % 1:
+        refuse(
+            f"data.test_size = {data.test_size:g} must be a share below 1 or a whole number of rows", "data.test_size"
         )
     seen: dict[str, tuple[str, str]] = {}
     for name, paths in (("data.train", data.train), ("data.test", data.test)):

@@ -5,7 +5,8 @@
 
 exact-match     rows are {"instruction": "...", "correct_answers": ["...", ...]}, UltraFeedback's names. The share of
                 prompts whose greedy answer is a correct one, spaces around it aside; and some answers side by side
-preferences     any file that train.py reads. What training logs as eval_loss and eval_rewards/*
+preferences     any file that train.py reads; with --test-size, only the rows that data.test_size held out of it. What
+                training logs as eval_loss and eval_rewards/*
 
 Models are read one after another: there is never more than one in memory.
 """
@@ -32,7 +33,7 @@ from notus.losses import METRICS, dpo_loss, preference_metrics
 from notus.model import Mistral
 from notus.reference import score_pairs
 from notus.rows import check_file, check_text, read_records
-from notus.tokens import PairSet, load_pairs
+from notus.tokens import PairSet, describe_counts, load_pairs
 
 # --- while training --------------------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ def score(model: Mistral, pairs: PairSet, budget: int) -> Tensor:
 
 def preferences(
     model: tuple[Base, Frame], reference: Base, data: Sequence[Path], device: torch.device, dtype: torch.dtype,
-    micro_batch_tokens: int = 16384,
+    micro_batch_tokens: int = 16384, test_size: float = 0.0,
 ) -> list[str]:  # fmt: skip
     """The lines of the report: `model` against `reference`, both in the model's frame, whose lengths and beta are those
     of the report. Pairs with nothing to tell apart are left out, and counted."""
@@ -186,7 +187,7 @@ def preferences(
     pairs, reference_pairs = (
         load_pairs(
             data, each.encoder(frame), max_length=frame.max_length, max_prompt_length=frame.max_prompt_length,
-            drop_bad_pairs=True,
+            drop_bad_pairs=True, test_size=test_size, held_out=True,
         )
         for each in (base, reference)
     )  # fmt: skip
@@ -202,7 +203,7 @@ def preferences(
         del loaded  # before the next one is read
     mean = dict(zip(METRICS, pair_metrics(logps[0], logps[1], frame.beta).mean(0).tolist(), strict=True))
 
-    lines = [", ".join(f"{count:,} {what}" for what, count in pairs.counts.items())]
+    lines = [describe_counts(pairs.counts)]
     explained = {
         "rewards/accuracies": "of the pairs: the chosen answer has the higher reward; a tie counts as wrong",
         "rewards/margins": "nats: reward of the chosen - reward of the rejected answer",
@@ -254,7 +255,9 @@ def run_preferences(arguments: argparse.Namespace) -> list[str]:
     if frame.max_prompt_length >= frame.max_length:
         raise ValueError(f"--max-prompt-length {frame.max_prompt_length} must be below --max-length {frame.max_length}")
     reference, where = read_base(arguments.base), place(arguments.device, arguments.dtype)
-    return preferences((base, frame), reference, arguments.data, *where, arguments.micro_batch_tokens)
+    return preferences(
+        (base, frame), reference, arguments.data, *where, arguments.micro_batch_tokens, arguments.test_size
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -284,6 +287,13 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--model", type=Path, required=True, metavar="DIR", help="the trained model")
     command.add_argument("--base", type=Path, required=True, metavar="DIR", help="what it was trained from")
     command.add_argument("--data", type=Path, nargs="+", required=True, metavar="FILE", help="preference pairs")
+    command.add_argument(
+        "--test-size",
+        type=positive(float),
+        default=0.0,
+        metavar="X",
+        help="only the rows that data.test_size=X held out",
+    )
     command.add_argument("--beta", type=positive(float), metavar="B", help="default: as trained, else 0.1")
     command.add_argument("--max-length", type=positive(int), metavar="N", help="default: as trained, else 1024")
     command.add_argument("--max-prompt-length", type=positive(int), metavar="N", help="default: as trained, else 512")

@@ -41,7 +41,8 @@ def banner(facts: dict[str, Any], inputs: Inputs, world: World, notes: Sequence[
         f"train       {', '.join(settings['data.train'])}: {describe_counts(train.counts)}",
     ]
     if len(test):
-        lines.append(f"held out    {', '.join(settings['data.test'])}: {describe_counts(test.counts)}")
+        files = ", ".join(settings["data.test"]) or f"data.test_size {settings['data.test_size']:g}"
+        lines.append(f"held out    {files}: {describe_counts(test.counts)}")
     lines.append(
         f"steps       {facts['steps']:,} of {settings['train.pairs_per_step']} pairs, "
         f"{settings['train.num_train_epochs']} epochs; beta {settings['dpo.beta']}, {settings['train.optimizer']}, "
@@ -95,7 +96,9 @@ def finish(facts: dict[str, Any], first: dict[str, float | None], last: dict[str
         f"  {shlex.join(['python', '-m', 'notus.generate', '--model', str(output / 'final')])}",
     ]
     if last:
-        compare = ["--model", str(output / "final"), "--base", settings["model.path"], "--data", *settings["data.test"]]
+        size = settings["data.test_size"]
+        data = [*settings["data.train"], "--test-size", f"{size:.17g}"] if size else settings["data.test"]
+        compare = ["--model", str(output / "final"), "--base", settings["model.path"], "--data", *data]
         lines.append(f"  {shlex.join(['python', '-m', 'notus.evaluate', 'preferences', *compare])}")
     return "\n".join(lines)
 

@@ -143,13 +143,13 @@ def read_inputs(config: Config, fresh: bool = False, need_weights: bool = True) 
     frame = Frame(data.bos, system_prompt, data.max_length, data.max_prompt_length, config.dpo.beta)
     notes = [*base.notes, *base.frame_notes(frame)]
 
-    def pairs(paths: Sequence[str]) -> PairSet:
+    def pairs(paths: Sequence[str], held_out: bool) -> PairSet:
         return load_pairs(
             paths, base.encoder(frame), max_length=data.max_length, max_prompt_length=data.max_prompt_length,
-            drop_bad_pairs=data.drop_bad_pairs, cache_dir=data.cache_dir,
+            drop_bad_pairs=data.drop_bad_pairs, test_size=data.test_size, held_out=held_out, cache_dir=data.cache_dir,
         )  # fmt: skip
 
-    train, test = pairs(data.train), pairs(data.test)
+    train, test = pairs(data.train, held_out=False), pairs(data.train if data.test_size else data.test, held_out=True)
     trained_on = set(train.keys)
     if both := sum(key in trained_on for key in test.keys):
         notes.append(f"{both:,} of {len(test):,} held-out pairs are also trained on, so held-out figures say less")

@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from notus.chat import ChatTemplate, Message, with_system_turn
+from notus.chat import ChatTemplate, Message, check_tool_turns, with_system_turn
 from notus.files import checksum, file_digest, fsync, lock, make_folder, read_json, set_aside, text_digest
-from notus.rows import Row, check_file, read_rows, show
+from notus.rows import Row, check_file, plain, read_rows, show
 from notus.tokenizer import Tokenizer
 
 
@@ -106,16 +106,24 @@ class Encoder:
         return ids
 
     def encode(
-        self, conversations: Sequence[tuple[Sequence[Message], Sequence[str]]], block: int = 4096
+        self,
+        conversations: Sequence[tuple[Sequence[Message], Sequence[str]]],
+        block: int = 4096,
+        where: Sequence[str] | None = None,
     ) -> Iterator[tuple[list[int], list[list[int]], bool]]:
         """(messages, answers) -> (prompt ids, ids of each answer, whether a token reaches from prompt into answer).
 
         Such a token belongs to the answers: the prompt is then what all of them share. ValueError for an id that the
-        embedding does not have.
+        embedding does not have, and for messages that the template rejects, with the place in `where` they came from.
         """
         for start in range(0, len(conversations), block):
             part = conversations[start : start + block]
-            texts = [text for each in part for text in self._texts(*each)]
+            texts: list[str] = []
+            for number, each in enumerate(part, start):
+                try:
+                    texts += self._texts(*each)
+                except ValueError as error:
+                    raise ValueError(f"{where[number]}: {error}" if where else str(error)) from error
             ids = iter(self.tokenizer.encode_batch(texts, bos=self.bos))
             for messages, answers in part:
                 prompt, whole = next(ids), [next(ids) for _ in answers]
@@ -131,6 +139,7 @@ class Encoder:
     def _texts(self, messages: Sequence[Message], answers: Sequence[str]) -> Iterator[str]:
         """Prompt, prompt + first answer, prompt + second answer, ..."""
         prompt = with_system_turn(messages, self.system_prompt)
+        check_tool_turns(self.template, prompt)
         yield self.template.render(prompt, add_generation_prompt=True)
         for answer in answers:
             text = self.template.render([*prompt, {"role": "assistant", "content": answer}])
@@ -171,16 +180,25 @@ def truncate(
 # --- rows -> pairs -------------------------------------------------------------------------------------------------
 
 
+Source = str | Path | Mapping[str, Any]  # a file of rows, or one row
+
+
 def load_pairs(
-    paths: Sequence[str | Path],
+    sources: Sequence[Source],
     encoder: Encoder,
     *,
     max_length: int,
     max_prompt_length: int,
     drop_bad_pairs: bool = False,
+    test_size: float = 0.0,
+    held_out: bool = False,
     cache_dir: str | Path | None = None,
 ) -> PairSet:
-    """Read, check, render, tokenize and truncate.
+    """Read, check, render, tokenize and truncate. A source is a file of rows, or a row as a dict (see rows.py).
+
+    test_size: hold out this share of the rows, or from 1 on this number of them. A row's prompt decides, by its hash,
+    so the choice does not depend on the order, and rows with the same prompt stay together. `held_out` gives the pairs
+    of these rows, otherwise the others.
 
     A pair whose answers are equal, or one of whose answers is empty, teaches nothing: ValueError, or with
     `drop_bad_pairs` it is left out and counted. Pairs that become equal only as tokens or by truncation are always left
@@ -189,14 +207,16 @@ def load_pairs(
     With a `cache_dir` the result is kept there, under a name made of everything it depends on, and mapped from the disk
     the next time. Of the processes of a machine one does the work, and the others wait for it.
     """
-    for path in paths:
-        check_file(Path(path))
-    lengths: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    lengths["drop_bad_pairs"] = drop_bad_pairs
-    if cache_dir is None or not paths:
-        return make_pairs(paths, encoder, **lengths)
-    made_of = {"version": TOKENS_VERSION, "data": [file_digest(path) for path in paths], "rows": encoder.vocab_size}
-    directory = Path(cache_dir) / text_digest(json.dumps(made_of | encoder.identity | lengths, sort_keys=True))[:16]
+    for source in sources:
+        if not isinstance(source, Mapping):
+            check_file(Path(source))
+    settings: dict[str, Any] = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+    settings |= {"drop_bad_pairs": drop_bad_pairs, "test_size": test_size, "held_out": held_out and test_size > 0}
+    if cache_dir is None or not len(sources):
+        return make_pairs(sources, encoder, **settings)
+    data = [json.dumps(plain(s), default=str) if isinstance(s, Mapping) else file_digest(s) for s in sources]
+    made_of = {"version": TOKENS_VERSION, "data": data, "rows": encoder.vocab_size}
+    directory = Path(cache_dir) / text_digest(json.dumps(made_of | encoder.identity | settings, sort_keys=True))[:16]
     if (pairs := read_pairs(directory)) is not None:  # before any lock: a complete cache may be read-only
         return pairs
     make_folder(directory.parent)
@@ -205,21 +225,26 @@ def load_pairs(
             return pairs
         if directory.exists():
             print(f"tokens      {directory} is damaged; it was moved to {set_aside(directory)} and is made again")
-        write_pairs(directory, make_pairs(paths, encoder, **lengths))
+        write_pairs(directory, make_pairs(sources, encoder, **settings))
     if (pairs := read_pairs(directory)) is None:
         raise OSError(f"{directory}: the token cache was written, but cannot be read back")
     return pairs
 
 
 def make_pairs(
-    paths: Sequence[str | Path], encoder: Encoder, max_length: int, max_prompt_length: int, drop_bad_pairs: bool
-) -> PairSet:
+    sources: Sequence[Source], encoder: Encoder, max_length: int, max_prompt_length: int, drop_bad_pairs: bool,
+    test_size: float, held_out: bool,
+) -> PairSet:  # fmt: skip
     counts: Counter[str] = Counter()
-    if not paths:
+    if not len(sources):
         return PairSet.of([], counts)
+    read: Iterable[Row] = read_rows(sources)
+    if test_size:
+        read = split_off(list(read), test_size, held_out)
     rows = []
-    for row in read_rows(paths):
+    for row in read:
         counts["rows"] += 1
+        counts[f"{READ_AS}{row.shape}"] += 1
         bad = bad_pair(row, encoder.template.eos_token)
         if bad and not drop_bad_pairs:
             raise ValueError(f"{row.where}: {bad[1]}; data.drop_bad_pairs=true leaves such pairs out and counts them")
@@ -231,7 +256,8 @@ def make_pairs(
     pairs = []
     conversations = [(row.prompt, [row.chosen, row.rejected]) for row in rows]
     special, keep = encoder.tokenizer.special_ids, len(encoder.tokenizer.begin(encoder.bos))
-    for row, (prompt, (chosen, rejected), shared) in zip(rows, encoder.encode(conversations), strict=True):
+    encoded = encoder.encode(conversations, where=[row.where for row in rows])
+    for row, (prompt, (chosen, rejected), shared) in zip(rows, encoded, strict=True):
         counts["prompt and answer share a token"] += shared
         # Text such as "</s>" in an answer becomes the special token, as everywhere in the Hugging Face ecosystem.
         counts["answers with the text of a special token"] += sum(
@@ -248,9 +274,24 @@ def make_pairs(
             pairs.append(Pair(row.where, *(np.array(ids, dtype=np.int32) for ids in (prompt, chosen, rejected))))
     if not pairs:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items() if reason.startswith("dropped"))
-        raise ValueError(f"{', '.join(map(str, paths))}: no pair is left of {counts['rows']:,} rows ({reasons})")
+        names = ", ".join(str(source) for source in sources if not isinstance(source, Mapping)) or "the rows"
+        raise ValueError(f"{names}: no pair is left of {counts['rows']:,} rows ({reasons})")
     counts["pairs"] = len(pairs)
     return PairSet.of(pairs, +counts)
+
+
+def split_off(rows: Sequence[Row], test_size: float, held_out: bool) -> list[Row]:
+    """The rows that `test_size` holds out, or the others. Each prompt has a fixed random place between 0 and 1, and the
+    lowest places are held out."""
+    texts = (json.dumps(row.prompt, sort_keys=True) for row in rows)
+    places = [int(text_digest(text)[:13], 16) / 16**13 for text in texts]  # 52 bits: exact in a float
+    limit = test_size if test_size < 1 else sorted(places)[min(int(test_size), len(rows)) - 1] + 16**-13
+    part = [row for row, place in zip(rows, places, strict=True) if (place < limit) == held_out]
+    if not part:
+        raise ValueError(
+            f"data.test_size = {test_size:g} leaves no row of {len(rows):,} to {'hold out' if held_out else 'train on'}"
+        )
+    return part
 
 
 def bad_pair(row: Row, eos_token: str) -> tuple[str, str] | None:
@@ -265,10 +306,15 @@ def bad_pair(row: Row, eos_token: str) -> tuple[str, str] | None:
     return None
 
 
+READ_AS = "read as "  # begins the count of each shape of rows
+
+
 def describe_counts(counts: Counter) -> str:
-    """`1,234 pairs of 1,240 rows (dropped: ... 6)`."""
-    notes = ", ".join(f"{reason} {count:,}" for reason, count in counts.items() if reason not in ("rows", "pairs"))
-    return f"{counts['pairs']:,} pairs of {counts['rows']:,} rows" + (f" ({notes})" if notes else "")
+    """`1,234 pairs of 1,240 rows (dropped: ... 6): 1,000 prompt/chosen/rejected strings, 240 ...`."""
+    shapes = ", ".join(f"{n:,} {name.removeprefix(READ_AS)}" for name, n in counts.items() if name.startswith(READ_AS))
+    fates = (name for name in counts if name not in ("rows", "pairs") and not name.startswith(READ_AS))
+    notes = ", ".join(f"{name} {counts[name]:,}" for name in fates)
+    return f"{counts['pairs']:,} pairs of {counts['rows']:,} rows{f' ({notes})' if notes else ''}: {shapes}"
 
 
 def describe_pair(pair: Pair, tokenizer: Tokenizer, max_characters: int = 400) -> str:
@@ -290,7 +336,7 @@ def describe_pair(pair: Pair, tokenizer: Tokenizer, max_characters: int = 400) -
 
 # --- the token cache -----------------------------------------------------------------------------------------------
 
-TOKENS_VERSION = 2  # raise it when the same text would give other ids
+TOKENS_VERSION = 3  # raise it when the same text would give other ids or counts
 ARRAYS = ("ids", "bounds", "where")
 
 
