@@ -349,6 +349,18 @@ def test_contradictions_name_every_place(minimal):
         config.load(minimal, ["data.max_length=512"])
     with pytest.raises(ValueError, match=r"^command line: data\.system_prompt = 'Be brief\.' would never be used"):
         config.load(minimal, ["data.system_prompt=Be brief.", "data.insert_system=false"])
+    with pytest.raises(
+        ValueError, match=r"^command line: data\.test_size = 0\.1 holds out rows of data\.train, but data"
+    ):
+        config.load(minimal, ["data.test_size=0.1", "data.test=b.jsonl"])
+    with pytest.raises(
+        ValueError, match=r"^command line: data\.test_size = 1\.5 must be a share below 1 or a whole number"
+    ):
+        config.load(minimal, ["data.test_size=1.5"])
+    assert [config.load(minimal, [f"data.test_size={size}"]).data.test_size for size in ("0.1", "2000")] == [
+        0.1,
+        2000.0,
+    ]
 
 
 def test_a_file_of_pairs_is_named_once(minimal, tmp_path, monkeypatch):

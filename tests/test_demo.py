@@ -140,7 +140,11 @@ def test_pairs_are_what_train_reads(made):
     encoder = read_base(made / "base").encoder(Frame())
     counts = load_pairs([made / "pairs.jsonl"], encoder, max_length=64, max_prompt_length=32).counts
     assert counts["pairs"] == counts["rows"] > TINY.records / 2
-    assert set(counts) == {"rows", "pairs"}  # nothing cut, no token across the border of prompt and answer
+    assert set(counts) == {
+        "rows",
+        "pairs",
+        "read as chosen/rejected messages",
+    }  # nothing cut, no token across the border of prompt and answer
     assert len(read(made / "pairs-test.jsonl")) == TINY.test_pairs
 
 

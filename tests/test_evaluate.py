@@ -12,9 +12,11 @@ import torch
 from conftest import write_mistral_tokenizer
 from tiny import save_checkpoint, tiny_config, tiny_model
 
+from notus.base import Frame, read_base
 from notus.evaluate import main, one_line, read_questions
 from notus.model import Mistral
 from notus.tokenizer import load_tokenizer
+from notus.tokens import load_pairs
 
 VOCAB = 32000
 GAIN = 2.0  # of the head's rows
@@ -215,7 +217,7 @@ def test_preferences_of_a_model_known_in_closed_form(models, tmp_path, capsys):
         "loss": sum(math.log1p(math.exp(-margin)) for margin in margins) / 3,
     }
     assert printed(report) == pytest.approx(expected, abs=6e-4)
-    assert report.splitlines()[0] == "3 rows, 3 pairs"
+    assert report.splitlines()[0] == "3 pairs of 3 rows: 3 chosen/rejected messages"
 
 
 def test_a_model_equal_to_its_base_has_loss_log_2_and_no_accuracy(models, tmp_path, capsys):
@@ -243,7 +245,22 @@ def test_micro_batches_and_lengths(models, tmp_path, capsys):
 def test_pairs_without_a_difference_are_left_out_and_counted(models, tmp_path, capsys):
     data = write_rows(tmp_path / "pairs.jsonl", preference("a", "b", "c"), preference("a", "b", "b"))
     assert run("preferences", "--model", models["uniform"], "--base", models["uniform"], "--data", data) == 0
-    assert capsys.readouterr().out.startswith("2 rows, 1 dropped: answers are equal, 1 pairs\n")
+    assert capsys.readouterr().out.startswith(
+        "1 pairs of 2 rows (dropped: answers are equal 1): 2 chosen/rejected messages\n"
+    )
+
+
+def test_preferences_of_the_rows_that_training_held_out(models, tmp_path, capsys):
+    rows = [preference(f"Question {i}?", "word " * (i + 1), "other " * (20 - i)) for i in range(20)]
+    data = write_rows(tmp_path / "pairs.jsonl", *rows)
+    command = ("preferences", "--model", models["random"], "--base", models["uniform"], "--data")
+    assert run(*command, data, "--test-size", 3) == 0
+    report = capsys.readouterr().out
+    encoder = read_base(models["random"]).encoder(Frame())
+    held_out = load_pairs([data], encoder, max_length=1024, max_prompt_length=512, test_size=3, held_out=True)
+    lines = [int(pair.where.rpartition(":")[2]) for pair in held_out]
+    assert run(*command, write_rows(tmp_path / "held-out.jsonl", *(rows[line - 1] for line in lines))) == 0
+    assert report == capsys.readouterr().out and report.startswith("3 pairs of 3 rows")
 
 
 def test_preferences_refuse_bad_input_before_a_model_is_read(models, tmp_path, capsys, monkeypatch):

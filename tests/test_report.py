@@ -24,6 +24,7 @@ from notus.report import banner, dry_run, finish
 from notus.run import job_of, read_inputs
 
 FOLDER = "it's a $HOME; run & more"  # what a shell would take apart
+SHAPE = "instruction/chosen_response/rejected_response strings"
 FIRST = {"eval_loss": 0.6931, "eval_rewards/accuracies": 0.0, "eval_rewards/margins": 0.0, "eval_runtime": 1.0}
 LAST = {"eval_loss": 0.25, "eval_rewards/accuracies": 0.875, "eval_rewards/margins": 2.0, "eval_runtime": 1.0}
 
@@ -74,12 +75,17 @@ def test_the_banner_names_model_template_frame_data_and_schedule(home: Path, set
     assert lines == [
         f"model       {home / 'base'}: 1 layers x 16, float32 on 2 x CPU",
         f"template    {inputs.base.template.origin}; BOS added, system turn inserted: ''",
-        f"train       {home / 'train.jsonl'}: 3 pairs of 4 rows (dropped: an answer is empty 1)",
-        f"held out    {home / 'test.jsonl'}: 1 pairs of 1 rows",
+        f"train       {home / 'train.jsonl'}: 3 pairs of 4 rows (dropped: an answer is empty 1): 4 {SHAPE}",
+        f"held out    {home / 'test.jsonl'}: 1 pairs of 1 rows: 1 {SHAPE}",
         "steps       12 of 32 pairs, 2 epochs; beta 0.1, rmsprop, peak learning rate 2e-05",
         "note        the first note",
         "note        the second note",
     ]
+    words = [*overrides(home, Path(settings.train.output_dir)), "data.test=", "data.test_size=1"]
+    split = configuration.load(configuration.CONFIGS / "demo.toml", words)
+    halves = banner(facts_of(split), read_inputs(split), world(), [], step=0).splitlines()[2:4]
+    assert halves[0].endswith(f"train.jsonl: 2 pairs of 3 rows (dropped: an answer is empty 1): 3 {SHAPE}")
+    assert halves[1] == f"held out    data.test_size 1: 1 pairs of 1 rows: 1 {SHAPE}"
     resumed = banner(facts_of(settings, 2889), inputs, world(), [], step=1400).splitlines()
     assert resumed[-2].startswith("steps       2,889 of 32 pairs") and resumed[-1] == "resuming    after step 1,400"
 
@@ -110,8 +116,11 @@ def test_a_dry_run_shows_data_cost_and_a_pair_as_the_model_reads_it(home: Path, 
     inputs = read_inputs(settings, need_weights=False)._replace(notes=["a note"])
     report = dry_run(inputs, job_of(settings, num_gpus=3))
     assert f"template    {inputs.base.template.origin}\n" in report
-    assert "train       3 pairs of 4 rows (dropped: an answer is empty 1)\n" in report
-    assert "held out    1 pairs of 1 rows\nnote        a note\nsteps       2: 2 epochs of 3 pairs, 32 each\n" in report
+    assert f"train       3 pairs of 4 rows (dropped: an answer is empty 1): 4 {SHAPE}\n" in report
+    assert (
+        f"held out    1 pairs of 1 rows: 1 {SHAPE}\nnote        a note\nsteps       2: 2 epochs of 3 pairs, 32 each\n"
+        in report
+    )
     assert f"parameters  {sum(num_parameters(inputs.base.dims)):,}\n" in report
     assert "GiB a GPU, estimated, with 3 GPUs and 4,096 tokens each, recomputing none\n" in report
     assert f"the first pair, {home / 'train.jsonl'}:1:\n" in report
@@ -166,9 +175,12 @@ def test_a_run_ends_well_without_its_curves(finished: Path, settings: Config, li
 
 
 @pytest.mark.usefixtures("finished")
-def test_the_commands_of_the_end_run_as_printed(settings: Config, monkeypatch, capsys):
+@pytest.mark.parametrize("held_out", [[], ["data.test=", "data.test_size=0.3"]])
+def test_the_commands_of_the_end_run_as_printed(home: Path, settings: Config, monkeypatch, capsys, held_out: list[str]):
     """With the arguments that a real shell makes of them. Without quotes it would take the paths apart."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words = [*overrides(home, Path(settings.train.output_dir).parent), *held_out]
+    settings = configuration.load(configuration.CONFIGS / "demo.toml", words)
     lines = finish(facts_of(settings), FIRST, LAST, seconds=1.0).splitlines()
     printed = lines[lines.index("next:") + 1 :]
     shell = [subprocess.check_output(["sh", "-c", f"printf '%s\\0' {line}"], text=True) for line in printed]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_chat import INST_TEMPLATE
-from test_rows import SHAPES, USER, row_of, turns, write
+from test_rows import SHAPES, USER, row_of, table, turns, write
 from transformers import PreTrainedTokenizerFast
 
 from notus import tokens
@@ -33,6 +33,7 @@ from notus.tokens import (
 )
 
 BOS, EOS = 1, 2
+READ = "read as chosen/rejected messages"
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +100,12 @@ def test_bad_pairs_are_left_out_and_counted_where_that_is_asked_for(load):
     loaded = load(SHAPES["implicit"], equal, empty, equal, SHAPES["argilla"], drop=True)
     assert [pair.where.rpartition(":")[2] for pair in loaded] == ["1", "5"]
     assert loaded.counts == Counter(
-        {"rows": 5, "pairs": 2, "dropped: answers are equal": 2, "dropped: an answer is empty": 1}
-    )
+        {"rows": 5, "pairs": 2, "dropped: answers are equal": 2, "dropped: an answer is empty": 1, READ: 4,
+         "read as instruction/chosen_response/rejected_response strings": 1}
+    )  # fmt: skip
     assert describe_counts(loaded.counts) == (
-        "2 pairs of 5 rows (dropped: answers are equal 2, dropped: an answer is empty 1)"
+        "2 pairs of 5 rows (dropped: answers are equal 2, dropped: an answer is empty 1): 4 chosen/rejected messages, "
+        "1 instruction/chosen_response/rejected_response strings"
     )
 
 
@@ -121,7 +124,7 @@ def test_answers_that_differ_as_text_but_not_as_tokens_are_left_out_and_counted(
     trims = ChatTemplate(ZEPHYR_TEMPLATE.replace("message['content']", "message['content'] | trim"))
     loaded = load(row_of("Yes", " Yes \n"), row_of("Yes", "No"), template=trims, drop=True)
     assert [pair.where.rpartition(":")[2] for pair in loaded] == ["2"]
-    assert loaded.counts == Counter({"rows": 2, "pairs": 1, "dropped: equal as tokens": 1})
+    assert loaded.counts == Counter({"rows": 2, READ: 2, "pairs": 1, "dropped: equal as tokens": 1})
     cut = load(row_of("Yes" * 80, "Yes" * 80 + " "), row_of("Yes", "No"), template=trims, max_length=60,
                max_prompt_length=40)  # fmt: skip
     assert cut.counts["dropped: equal as tokens"] == 1 and "dropped: equal after truncation" not in cut.counts
@@ -179,6 +182,93 @@ def test_ids_are_those_of_transformers_chat_template(load, oracle, case: str, sy
         assert pair.prompt.tolist() == [BOS, *prompt]
         assert getattr(pair, side).tolist().count(EOS) == 1
     assert pair.prompt.dtype == pair.chosen.dtype == pair.rejected.dtype == np.int32
+
+
+# The shapes of messages that TRL reads. (It fails on a prompt as text beside conversations.)
+OF_TRL = {
+    "implicit": SHAPES["implicit"],
+    "explicit": SHAPES["explicit"],
+    "many turns and a system turn": {
+        "prompt": [{"role": "system", "content": "Be brief."}, *turns("1+1?", "2", "2+2?")],
+        "chosen": [{"role": "assistant", "content": "4"}],
+        "rejected": [{"role": "assistant", "content": "5 "}],
+    },
+    "answers that begin alike": row_of("Yes, it is.", "Yes, it is not.", "1+1?", "2", "Is that so?"),
+}
+
+
+def trl_ids(oracle: PreTrainedTokenizerFast, row: dict) -> tuple[list[int], list[int], list[int]]:
+    """Prompt, chosen and rejected as in TRL 1.16's DPOTrainer: `extract_prompt`, then `tokenize_fn`."""
+    prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
+    if not isinstance(prompt, list):
+        same = next(i for i, (a, b) in enumerate(zip(*sides, strict=False)) if a != b)
+        prompt, sides = sides[0][:same], [side[same:] for side in sides]
+    options = {"chat_template": ZEPHYR_TEMPLATE, "return_dict": False}
+    ids = oracle.apply_chat_template(prompt, add_generation_prompt=True, **options)
+    wholes = [oracle.apply_chat_template(prompt + side, **options) for side in sides]
+    assert all(whole[: len(ids)] == ids for whole in wholes)
+    return ids, *(whole[len(ids) :] for whole in wholes)
+
+
+@pytest.mark.parametrize("shape", OF_TRL)
+def test_ids_are_those_of_trl(load, oracle, shape: str):
+    """TRL adds neither BOS nor a system turn. After EOS it scores the template's line end, `▁ \\n`, too."""
+    (pair,) = load(OF_TRL[shape], bos=False, system_prompt=None)
+    prompt, chosen, rejected = trl_ids(oracle, OF_TRL[shape])
+    assert pair.prompt.tolist() == prompt
+    assert [*pair.chosen.tolist(), 28705, 13] == chosen and [*pair.rejected.tolist(), 28705, 13] == rejected
+
+
+def test_all_shapes_of_the_readme_have_the_same_ids(encoder: Encoder):
+    rows = [row for _, row in table()]
+    lengths = {"max_length": 64, "max_prompt_length": 32}
+    pairs = load_pairs(rows, encoder, **lengths)
+    assert len(pairs) == len(rows) == 9 and len(set(pairs.keys)) == 1
+    assert sum(count for name, count in pairs.counts.items() if name.startswith("read as ")) == 9
+    parts = load_pairs(
+        [
+            {
+                "chosen": [
+                    {"role": "user", "content": [{"type": "text", "text": part} for part in ("Is 7 ", "prime?")]},
+                    yes,
+                ],
+                "rejected": [USER, no],
+            }
+            for yes, no in [(row["chosen"][1], row["rejected"][1]) for row in rows[:1]]
+        ],
+        encoder,
+        **lengths,
+    )
+    assert parts.keys == pairs.keys[:1]
+
+
+TOOL_ROW = {
+    "prompt": [USER, {"role": "assistant", "content": "is_prime(7)"}, {"role": "tool", "content": 'true, "prime"'}],
+    "chosen": "Yes.",
+    "rejected": "No.",
+}
+
+
+def test_the_turns_of_a_tool_go_to_the_template(load, oracle, tmp_path: Path):
+    """Or, if it would drop them, as Zephyr's does, the row is refused."""
+    with pytest.raises(ValueError, match=rf"{tmp_path}/pairs\.jsonl:2: .*the chat template leaves out what tools say"):
+        load(SHAPES["implicit"], TOOL_ROW)
+    chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    chatml += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    (pair,) = load(TOOL_ROW, template=ChatTemplate(chatml), bos=False, system_prompt=None)
+    expected = oracle.apply_chat_template(
+        TOOL_ROW["prompt"], add_generation_prompt=True, chat_template=chatml, return_dict=False
+    )
+    assert pair.prompt.tolist() == expected and "tool\n" in oracle.decode(expected)
+    # Quotes may be escaped: what counts is whether anything is written.
+    (pair,) = load(TOOL_ROW, template=ChatTemplate(chatml.replace("m.content", "m.content | tojson")), bos=False)
+    assert '\\"prime\\"' in oracle.decode(pair.prompt)
+
+
+def test_a_row_that_the_template_rejects_is_named(load, tmp_path: Path):
+    rows = [row_of("Yes", "No"), {"prompt": [USER, USER], "chosen": "Yes.", "rejected": "No."}]
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/pairs\.jsonl:2: .*the chat template rejects .*must alternate"):
+        load(*rows, template=ChatTemplate(INST_TEMPLATE), system_prompt=None)
 
 
 def test_golden_ids_of_zephyrs_frame(load):
@@ -268,7 +358,7 @@ def test_the_text_of_a_special_token_in_an_answer_is_counted(load, tokenizer: To
     monkeypatch.setattr(tokenizer, "special_ids", frozenset({0, BOS, EOS}), raising=False)
     rows = [row_of("a</s>b", "No"), row_of("<s>", "<unk>"), row_of("Yes</s>", "No"), row_of("Yes", "No", "Hi</s>")]
     loaded = load(*rows)
-    assert loaded.counts == Counter({"rows": 4, "pairs": 4, "answers with the text of a special token": 3})
+    assert loaded.counts == Counter({"rows": 4, READ: 4, "pairs": 4, "answers with the text of a special token": 3})
     assert loaded[1].chosen.tolist()[-2:] == [BOS, EOS] and loaded[2].chosen.tolist().count(EOS) == 1
 
 
@@ -368,9 +458,9 @@ def test_truncated_pairs_keep_bos_lose_eos_and_are_counted(load):
         row_of("yes", "no", "x"),
     ]
     whole = load(*rows, system_prompt=None)
-    assert whole.counts == Counter({"rows": 4, "pairs": 4})
+    assert whole.counts == Counter({"rows": 4, READ: 4, "pairs": 4})
     loaded = load(*rows, system_prompt=None, max_length=frame + 30, max_prompt_length=frame + 10)
-    assert loaded.counts == Counter({"rows": 4, "pairs": 4, "prompts cut": 2, "answers cut (no EOS)": 3})
+    assert loaded.counts == Counter({"rows": 4, READ: 4, "pairs": 4, "prompts cut": 2, "answers cut (no EOS)": 3})
     for pair, before in zip(loaded, whole, strict=True):
         expected = trl_truncate(*(ids.tolist() for ids in before[1:]), frame + 30, frame + 10)
         assert pair.prompt.tolist()[1:] == expected[0][1:] or pair.prompt.tolist() == before.prompt.tolist()
@@ -387,8 +477,59 @@ def test_pairs_that_truncation_makes_equal_are_left_out_and_counted(load):
     loaded = load(row_of(same + "a", same + "b"), row_of("a", "b"), max_length=60, max_prompt_length=40)
     assert [pair.where.rpartition(":")[2] for pair in loaded] == ["2"]
     assert loaded.counts == Counter(
-        {"rows": 2, "pairs": 1, "answers cut (no EOS)": 2, "dropped: equal after truncation": 1}
+        {"rows": 2, READ: 2, "pairs": 1, "answers cut (no EOS)": 2, "dropped: equal after truncation": 1}
     )
+
+
+# --- held-out rows -------------------------------------------------------------------------------------------------
+
+
+def questions(count: int) -> list[dict]:
+    return [{"prompt": f"Question {n}?", "chosen": f"Yes {n}.", "rejected": f"No {n}."} for n in range(count)]
+
+
+def halves(encoder: Encoder, rows: list[dict], test_size: float) -> tuple[PairSet, PairSet]:
+    settings = {"max_length": 64, "max_prompt_length": 32, "test_size": test_size}
+    train, test = (load_pairs(rows, encoder, **settings, held_out=held_out) for held_out in (False, True))
+    return train, test
+
+
+@pytest.mark.parametrize("test_size", [0.25, 100])
+def test_rows_are_held_out_by_their_prompt_whatever_the_order(encoder: Encoder, test_size: float):
+    rows = questions(400)
+    train, test = halves(encoder, rows, test_size)
+    assert len(train) + len(test) == train.counts["rows"] + test.counts["rows"] == 400
+    assert len(test) == 100 if test_size == 100 else 70 < len(test) < 130  # 3.5 standard deviations
+    whole = load_pairs(rows, encoder, max_length=64, max_prompt_length=32)
+    assert sorted([*train.keys, *test.keys]) == sorted(whole.keys)
+    random.Random(0).shuffle(rows)
+    again = halves(encoder, rows, test_size)
+    assert {*again[0].keys} == {*train.keys} and {*again[1].keys} == {*test.keys}
+
+
+def test_more_rows_move_none_and_equal_prompts_stay_together(encoder: Encoder):
+    first, more = halves(encoder, questions(50), 0.3), halves(encoder, questions(200), 0.3)
+    assert {*first[0].keys} < {*more[0].keys} and {*first[1].keys} < {*more[1].keys}
+    twice = [*questions(50), *(row | {"chosen": "Aye."} for row in questions(50))]
+    assert [len(half) for half in halves(encoder, twice, 0.3)] == [2 * len(half) for half in first]
+
+
+def test_the_prompt_is_what_counts_in_every_shape(encoder: Encoder):
+    """The system turn that a frame adds is none of the row, and the answers are not hashed."""
+    rows = [row | {"score": n} for n, (_, row) in enumerate(table())]
+    train, test = (
+        [len(half) for half in halves(each, rows + questions(20), 0.5)]
+        for each in (encoder, replace(encoder, system_prompt=None, bos=False))
+    )
+    assert train == test and min(train) > 5
+
+
+@pytest.mark.parametrize(
+    ("count", "test_size", "what"), [(3, 0.001, "hold out"), (3, 3, "train on"), (1, 1, "train on")]
+)
+def test_a_half_without_rows_is_refused(encoder: Encoder, count: int, test_size: float, what: str):
+    with pytest.raises(ValueError, match=rf"^data.test_size = {test_size:g} leaves no row of {count} to {what}$"):
+        halves(encoder, questions(count), test_size)
 
 
 # --- sets of pairs -------------------------------------------------------------------------------------------------
@@ -422,7 +563,7 @@ def cached(tmp_path: Path, encoder: Encoder):
     rows = write(tmp_path / "rows.jsonl", row_of("Yes, of course.", "No."), row_of("Why not?", "Because."))
 
     def cached(*paths: Path, **changes) -> PairSet:
-        names = ("max_length", "max_prompt_length", "drop_bad_pairs")
+        names = ("max_length", "max_prompt_length", "drop_bad_pairs", "test_size", "held_out")
         settings = {"max_length": 64, "max_prompt_length": 32}
         settings |= {name: changes.pop(name) for name in names if name in changes}
         return load_pairs(paths or [rows], replace(encoder, **changes), cache_dir=tmp_path / "tokens", **settings)
@@ -488,6 +629,26 @@ def test_whatever_changes_the_tokens_misses_the_cache(cached, monkeypatch, token
     cached.rows.write_text(text)
     cached()
     assert cached.made == len(changes) + 5  # what was made stays
+
+
+def test_python_rows_and_the_counts_of_shapes_are_cached(cached):
+    rows = [row for _, row in table()]
+    first, second = cached(*rows), cached(*rows)
+    assert cached.made == 1 and isinstance(second.ids, np.memmap)
+    assert_same_pairs(first, second)
+    assert second.counts["read as prompt/chosen/rejected messages"] == 2
+    cached(*rows[:-1], rows[-1] | {"system": "Be brief."})
+    cached(*rows[:-1], rows[-1] | {"rejected": np.array([{"role": "assistant", "content": "x"}] * 1)})
+    assert cached.made == 3
+    cached(cached.rows, held_out=True)
+    cached(cached.rows)
+    assert cached.made == 4  # without a test_size there are no halves
+    halves = [{"test_size": size, "held_out": held_out} for size in (2, 0.5) for held_out in (False, True)]
+    made = [cached(*questions(20), **half) for half in halves]
+    assert cached.made == 8 and [len(half) for half in made[:2]] == [18, 2]
+    for half, pairs in zip(halves, made, strict=True):
+        assert_same_pairs(cached(*questions(20), **half), pairs)
+    assert cached.made == 8
 
 
 def test_a_copy_of_the_file_elsewhere_hits_the_cache(cached, tmp_path: Path):
