@@ -142,6 +142,14 @@ def make_world(folder: Path) -> Path:
     pairs[1] = {"prompt": pairs[1]["chosen"][:1]} | {side: pairs[1][side][1:] for side in ("chosen", "rejected")}
     pairs[2] = {"instruction": "k l", "chosen_response": "m", "rejected_response": "n", "source": "x"}
     pairs[3]["prompt"] = pairs[3]["chosen"][0]["content"]
+    user = turn("user", [{"type": "text", "text": "o "}, {"type": "text", "text": "p"}])
+    pairs += [
+        {"system": "k", "prompt": "l m", "chosen": "n", "rejected": "o"},
+        {"input": {"messages": [user], "tools": []}, "preferred_output": [turn("assistant", "q")],
+         "non_preferred_output": [turn("assistant", "r")]},
+        {"conversations": [{"from": "human", "value": "s"}], "chosen": {"from": "gpt", "value": "t"},
+         "rejected": {"from": "gpt", "value": "u"}},
+    ]  # fmt: skip
     write_lines(folder / "train.jsonl", pairs)
     write_lines(folder / "test.jsonl", [pair("o")])
     write_lines(folder / "questions.jsonl", [{"instruction": f"a {w}", "correct_answers": [w, "b"]} for w in "cde"])
@@ -552,21 +560,44 @@ def records(name: str) -> list:
     return values[0] if text.lstrip().startswith("[") else values
 
 
+def as_turns(value: Any, role: str) -> list[dict]:
+    """Text, a message, messages, or OpenAI's object, as messages of text."""
+    if isinstance(value, str):
+        return [turn(role, value)]
+    if isinstance(value, dict) and "messages" in value:
+        assert not rows.holds(value.get("tools")), "a field is lost"
+        value = value["messages"]
+    made = []
+    for message in value if isinstance(value, list) else [value]:
+        assert not any(rows.holds(message.get(name)) for name in ("tool_calls", "tools")), "a field is lost"
+        speaker, said = (message[key] for key in (("from", "value") if "from" in message else ("role", "content")))
+        said = said if isinstance(said, str) else "".join(part["text"] for part in said)
+        made.append(turn({"human": "user", "gpt": "assistant", "observation": "tool"}.get(speaker, speaker), said))
+    return made
+
+
 def right_rows(_words: list[str]) -> None:
-    ours, theirs = [row[1:] for row in rows.read_rows(["train.jsonl"])], []
+    ours, theirs = [row[1:4] for row in rows.read_rows(["train.jsonl"])], []
     for row in records("train.jsonl"):
-        assert not any(rows.holds(row.get(name)) for name in ("tools", "system")), "a field is lost"
-        if "chosen_response" in row:
-            theirs.append(([turn("user", row["instruction"])], row["chosen_response"], row["rejected_response"]))
-            continue
-        prompt, sides = row.get("prompt"), [row["chosen"], row["rejected"]]
-        if isinstance(prompt, list) and sides[0][: len(prompt)] != prompt:
-            sides = [[*prompt, *side] for side in sides]
-        assert not any(rows.holds(message.get("tool_calls")) for side in sides for message in side), "a field is lost"
-        first, second = ([turn(message["role"], message["content"]) for message in side] for side in sides)
+        assert not rows.holds(row.get("tools")), "a field is lost"
+        row = {name: value for name, value in row.items() if value is not None}
+        pairs = (("chosen", "rejected"), ("chosen_response", "rejected_response"),
+                 ("preferred_output", "non_preferred_output"))  # fmt: skip
+        ((better, worse),) = (names for names in pairs if {*names} <= row.keys())
+        first, second = as_turns(row[better], "assistant"), as_turns(row[worse], "assistant")
+        asked = [row[name] for name in ("prompt", "instruction", "question", "input", "conversations") if row.get(name)]
+        if not any(message["role"] == "user" for message in first):
+            (prompt,) = (as_turns(value, "user") for value in asked)
+            first, second = prompt + first, prompt + second
+        elif isinstance(prompt := row.get("prompt"), str) and prompt:
+            assert prompt in [message["content"] for message in first]
+        elif prompt and first[: len(prompt)] != as_turns(prompt, "user"):
+            first, second = ([*as_turns(prompt, "user"), *side] for side in (first, second))
+        if rows.holds(row.get("system")) and first[0] != (system := turn("system", row["system"])):
+            assert first[0]["role"] != "system", "two system turns"
+            first, second = [system, *first], [system, *second]
         assert first[:-1] == second[:-1] and first[-1]["role"] == second[-1]["role"] == "assistant"
-        assert first[-2]["role"] == "user", "nobody asked"
-        assert prompt is None or isinstance(prompt, list) or prompt in [message["content"] for message in first]
+        assert first[-2]["role"] in ("user", "tool"), "nobody asked"
         theirs.append((first[:-1], first[-1]["content"], second[-1]["content"]))
     assert ours == theirs
     assert all(isinstance(text, str) and text.strip() for _, *texts in ours for text in texts)
