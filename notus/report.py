@@ -97,7 +97,7 @@ def finish(facts: dict[str, Any], first: dict[str, float | None], last: dict[str
     ]
     if last:
         size = settings["data.test_size"]
-        data = [*settings["data.train"], "--test-size", f"{size:.17g}"] if size else settings["data.test"]
+        data = [*settings["data.train"], "--test-size", str(size)] if size else settings["data.test"]
         compare = ["--model", str(output / "final"), "--base", settings["model.path"], "--data", *data]
         lines.append(f"  {shlex.join(['python', '-m', 'notus.evaluate', 'preferences', *compare])}")
     return "\n".join(lines)

@@ -82,7 +82,7 @@ def test_the_example_of_the_library_page_runs(tmp_path: Path, monkeypatch, capsy
     counts, *steps, held_out = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"(\d+) pairs of \1 rows: \1 prompt/chosen/rejected strings", counts)
     losses = [float(line.rpartition(" ")[2]) for line in steps]
-    assert len(losses) == 10 and losses[0] == 0.6931 and losses[-1] < 0.3
+    assert len(losses) == 10 and losses[0] == 0.6931 and losses[-1] < 0.5
     right, pairs = map(int, re.findall(r"\d+", held_out))
     assert right == pairs == 40 - int(counts.split()[0])
     assert read_base(tmp_path / "runs" / "mine").frame == Frame()
