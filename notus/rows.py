@@ -161,7 +161,7 @@ def _csv(path: Path, file: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _cell(where: str, name: str, text: str) -> Any:
-    if not MESSAGES_IN_A_CELL.match(text):
+    if name not in (*PROMPTS, *sum(ANSWERS, ())) or not MESSAGES_IN_A_CELL.match(text):
         return text
     try:
         return parse_json(text, where)
@@ -231,7 +231,7 @@ def parse_row(where: str, record: Any) -> Row:
         raise _no_prompt(where, answers[0], record)
     for key in prompts:
         prompt = _turns(where, key, record[key], "user")
-        if key == "prompt" and text and isinstance(record[key], str):
+        if key == "prompt" and not whole:
             _refuse_markers(where, record[key])
         if whole and isinstance(record[key], str):
             if all(message["content"] != record[key] for message in chosen[:-1]):
@@ -293,8 +293,8 @@ def _command(where: str, code: str) -> str:
     return f"{shlex.join(['python', '-c', code, path])} > {shlex.quote(path + '.jsonl')}"
 
 
-def _refuse_markers(where: str, prompt: str) -> None:
-    if found := MARKERS.search(prompt):
+def _refuse_markers(where: str, prompt: Any) -> None:
+    if isinstance(prompt, str) and (found := MARKERS.search(prompt)):
         raise Explained(
             f"{where}: the text of prompt has {found[0].strip()!r} in it, which begins a turn in a chat template. The "
             "model's template is put around such text, so a conversation that is already rendered would have two. "

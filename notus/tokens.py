@@ -184,7 +184,7 @@ Source = str | Path | Mapping[str, Any]  # a file of rows, or one row
 
 
 def load_pairs(
-    sources: Sequence[Source],
+    sources: Source | Sequence[Source],
     encoder: Encoder,
     *,
     max_length: int,
@@ -194,7 +194,7 @@ def load_pairs(
     held_out: bool = False,
     cache_dir: str | Path | None = None,
 ) -> PairSet:
-    """Read, check, render, tokenize and truncate. A source is a file of rows, or a row as a dict (see rows.py).
+    """Read, check, render, tokenize and truncate. A source is a file of rows, or a row as a dict: see rows.py.
 
     test_size: hold out this share of the rows, or from 1 on this number of them. A row's prompt decides, by its hash,
     so the choice does not depend on the order, and rows with the same prompt stay together. `held_out` gives the pairs
@@ -207,6 +207,8 @@ def load_pairs(
     With a `cache_dir` the result is kept there, under a name made of everything it depends on, and mapped from the disk
     the next time. Of the processes of a machine one does the work, and the others wait for it.
     """
+    if isinstance(sources, str | Path | Mapping):
+        sources = [sources]
     for source in sources:
         if not isinstance(source, Mapping):
             check_file(Path(source))

@@ -351,15 +351,19 @@ def write_csv(path: Path, *lines: list) -> Path:
 
 @pytest.mark.parametrize("name", ["a.csv", "a.CSV", "a.csv.gz"])
 def test_csv_cells_are_text_empty_or_messages_as_json(tmp_path: Path, name: str):
-    header = ["\ufeffprompt", "chosen", "rejected", "system", "input"]
+    header = ["\ufeffprompt", "chosen", "rejected", "system", "input", "messages"]  # the last is not read
     chosen, rejected = (json.dumps([USER, answer]) for answer in (YES, NO))
-    path = write_csv(
-        tmp_path / name, header, ["Is 7 prime?", "Yes, it is.", "No.", "", ""], [],
-        ["", chosen, rejected, "Be brief.", ""], ["", "[1, 2]", "{\"a\": 3}", "", "List\n\"two\", please,\r\n or so"],
-        ["x" * 200_000, "7", "nan", "", ""],
-    )  # fmt: skip
+    lines = [
+        ["Is 7 prime?", "Yes, it is.", "No.", "", "", "[{'role': 'user'}]"],
+        [],
+        ["", chosen, rejected, "Be brief.", "", ""],
+        ["", "[1, 2]", '{"a": 3}', "", 'List\n"two", please,\r\n or so', ""],
+        ["x" * 200_000, "7", "nan", "", "", ""],
+        ["Hi", "", "No.", "", "", ""],
+    ]
+    path = write_csv(tmp_path / name, header, *lines)
     read = list(read_rows([path]))
-    assert [row.where for row in read] == [f"{path}: row {number}" for number in (1, 2, 3, 4)]
+    assert [row.where for row in read] == [f"{path}: row {number}" for number in (1, 2, 3, 4, 5)]
     assert read[0][1:] == (*ROW, "prompt/chosen/rejected strings")
     assert read[1][1:] == ([SYSTEM, USER], "Yes, it is.", "No.", "system/chosen/rejected messages")
     assert read[2][1:] == (
@@ -369,6 +373,7 @@ def test_csv_cells_are_text_empty_or_messages_as_json(tmp_path: Path, name: str)
         "input/chosen/rejected strings",
     )
     assert read[3][1:4] == (turns("x" * 200_000), "7", "nan")
+    assert read[4][1:4] == (turns("Hi"), "", "No.")  # a pair that data.drop_bad_pairs leaves out
 
 
 @pytest.mark.parametrize(
@@ -579,6 +584,7 @@ def test_a_rendered_prompt_is_refused_with_both_ways_out(tmp_path: Path, marker:
     # The first way: its turns as messages. The second: the same text as a message.
     assert "Write its turns without markers" in said and "If the user really typed that marker" in said
     assert next(read_rows([STRINGS | {"prompt": [USER]}]))[1:4] == ROW
+    assert "the text of prompt has" in refusal({"prompt": text, "chosen": [YES], "rejected": [NO]})
     for row in (STRINGS | {"prompt": turns(text)}, STRINGS | {"chosen": f"{marker} begins a turn."}):
         assert next(read_rows([row])).prompt in (turns(text), [USER])
 

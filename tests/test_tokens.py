@@ -224,6 +224,7 @@ def test_all_shapes_of_the_readme_have_the_same_ids(encoder: Encoder):
     lengths = {"max_length": 64, "max_prompt_length": 32}
     pairs = load_pairs(rows, encoder, **lengths)
     assert len(pairs) == len(rows) == 9 and len(set(pairs.keys)) == 1
+    assert load_pairs(rows[0], encoder, **lengths).keys == pairs.keys[:1]  # one row, without a list
     assert sum(count for name, count in pairs.counts.items() if name.startswith("read as ")) == 9
     parts = load_pairs(
         [
