@@ -166,7 +166,9 @@ def _cell(where: str, name: str, text: str) -> Any:
     try:
         return parse_json(text, where)
     except ValueError:  # a list as Python prints it, which pandas writes into CSV files
-        raise ValueError(f"{where}: {name} holds messages, but not as JSON: {show(text)}; save JSON Lines") from None
+        raise ValueError(
+            f"{where}: {name} holds messages, but not as JSON: {show(text)}; save JSON Lines or parquet"
+        ) from None
 
 
 def check_file(path: Path) -> None:
