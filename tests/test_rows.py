@@ -387,8 +387,8 @@ def test_csv_cells_are_text_empty_or_messages_as_json(tmp_path: Path, name: str)
         ("", ": no rows in it; rows look like"),
         (
             "chosen,rejected\n\"[{'role': 'user', 'content': 'Hi'}]\",b\n",
-            ": row 1: chosen holds messages, but not as JSON: \"[{'role': 'user', 'content': 'Hi'}]\"; save JSON Lines or "
-            "parquet",
+            ": row 1: chosen holds messages, but not as JSON: \"[{'role': 'user', 'content': 'Hi'}]\"; save "
+            "JSON Lines or parquet",
         ),
         ("prompt,chosen,rejected\na,b,\xff\n", ": cannot be read as text: 'utf-8' codec can't decode byte 0xff"),
     ],
