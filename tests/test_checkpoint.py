@@ -196,6 +196,33 @@ def assert_status_is_true(out: Path) -> None:
         assert read_status(out)["step"] in [0, *steps_of(out)]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kills_at_random_times(home: Path, tmp_path: Path, ranks: int) -> None:
+    """With `KILLS=100` in the environment, a hundred. Of two ranks the second lives a moment longer."""
+    rng, wanted, kills, runs = random.Random(ranks), int(os.environ.get("KILLS", 2)), 0, 0
+    truth, started = tmp_path / "truth", time.monotonic()
+    assert join(start_ranks(truth, home, ranks, *own_caches(truth))) == [0] * ranks
+    duration = time.monotonic() - started
+    while kills < wanted:
+        out = tmp_path / f"killed-{runs}"
+        runs += 1
+        for _ in range(4):
+            processes = start_ranks(out, home, ranks, *own_caches(out))
+            join(processes, rng.uniform(0, duration))
+            for process in rng.sample(processes, ranks):
+                process.kill()
+                time.sleep(rng.uniform(0, 0.02))
+            kills += -signal.SIGKILL in join(processes)
+            assert_status_is_true(out)
+            if is_finished(out):
+                break
+        else:
+            assert join(start_ranks(out, home, ranks, *own_caches(out))) == [0] * ranks, log_of(out, 0).read_text()
+        assert_same(out, truth)
+        shutil.rmtree(out)
+    print(f"{ranks} ranks: {kills} kills in {runs} runs, {time.monotonic() - started:.0f} s")
+
+
 def test_kills_between_lines_of_a_log_that_averages(home: Path, tmp_path: Path) -> None:
     """A line of several steps has the steps from before the checkpoint in it."""
     setup = ("train.log_steps=4", "train.save_steps=3")
