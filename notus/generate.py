@@ -184,8 +184,9 @@ def model_arguments() -> argparse.ArgumentParser:
 
 
 def choose_frame(base: Base, bos: bool | None = None, system: str | None = None, no_system: bool = False) -> Frame:
-    """The frame in which the model was trained, or Zephyr's if nothing is known, with what the flags change. A change
-    of a known frame is announced on stderr, because it changes answers and figures."""
+    """The frame in which the model was trained, or Zephyr's if nothing is known, with what the flags change. On stderr
+    stands what a user should know: the notes on the files, and each change of a known frame, because it changes answers
+    and figures."""
     known = base.frame or Frame()
     frame = replace(known, bos=known.bos if bos is None else bos)
     if no_system or system is not None:
@@ -194,6 +195,8 @@ def choose_frame(base: Base, bos: bool | None = None, system: str | None = None,
         if base.frame and getattr(frame, name) != getattr(known, name):
             print(f"{base.path}: trained with {name} = {getattr(known, name)!r}, asked with "
                   f"{getattr(frame, name)!r}", file=sys.stderr)  # fmt: skip
+    for note in (*base.notes, *base.frame_notes(frame)):
+        print(f"{base.path}: note: {note}", file=sys.stderr)
     return frame
 
 

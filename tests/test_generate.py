@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -277,6 +278,17 @@ def test_a_model_is_asked_in_the_frame_of_its_training_unless_told_otherwise(che
     assert answer(checkpoint, "Hi") != answer(checkpoint, "Hi", bos=False, system="Be brief.")
 
 
+def test_what_a_user_should_know_about_the_files_is_said(checkpoint: Path, tmp_path: Path, capsys):
+    """By every command that asks a model: they all choose its frame in one place."""
+    dated = shutil.copytree(checkpoint, tmp_path / "dated")
+    path = dated / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings["chat_template"] = "{% set today = strftime_now('%d') %}" + settings["chat_template"]
+    path.write_text(json.dumps(settings))
+    assert main(["--model", str(dated), "--prompt", "Hi", "--device", "cpu", "--max-new-tokens", "1"]) == 0
+    assert re.fullmatch(rf"{dated}: note: .* writes the day's date: .*\n", capsys.readouterr().err)
+
+
 def test_system_and_bos_options_reach_the_prompt(checkpoint, capsys):
     command = ["--model", str(checkpoint), "--device", "cpu", "--max-new-tokens", "8", "--temperature", "0"]
     for options, frame in (
@@ -314,8 +326,8 @@ def test_bad_input_is_one_line_and_exit_code_2_before_weights_are_read(checkpoin
         (["--model", str(checkpoint)], "the prompt is empty"),  # piped
     ):
         assert main([*options, "--device", "cpu"]) == 2
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
+        *notes, error = capsys.readouterr().err.splitlines()
+        assert message in error and all(": note: " in note for note in notes)
     for option, value in (("--temperature", "-1"), ("--temperature", "nan"), ("--top-p", "0"), ("--top-p", "1.5"),
                           ("--max-new-tokens", "0"), ("--dtype", "int8")):  # fmt: skip
         with pytest.raises(SystemExit, match="2"):
