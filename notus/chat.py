@@ -359,8 +359,14 @@ def read_tokenizer_config(model_dir: str | Path) -> dict[str, Any]:
     directory = Path(model_dir)
     config, token_map = (read_json(directory / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map"))
     for name, values in (("tokenizer_config.json", config), ("special_tokens_map.json", token_map)):
-        for key in {"bos_token", "eos_token"} & values.keys():
-            values[key] = token_text(directory / name, key, values[key])
+        for key, value in [(key, value) for key, value in values.items() if key.endswith("_token")]:
+            text = token_text(directory / name, key, value) if key in ("bos_token", "eos_token") else value
+            if isinstance(value, dict) and values is config and value.get("__type") != "AddedToken":
+                raise ValueError(
+                    f"{directory / name}: {key} is {value!r:.120}, which transformers cannot load without "
+                    '"__type": "AddedToken"; write the text of the token alone'
+                )
+            values[key] = text
     for key, fits in UNREAD.items():
         if config.get(key) is not None and not fits(config[key]):
             where = directory / "tokenizer_config.json"

@@ -373,6 +373,9 @@ def check(config: Config, where: dict[str, str]) -> None:
         refuse(
             f"data.test_size = {data.test_size:g} must be a share below 1 or a whole number of rows", "data.test_size"
         )
+    for name in ("train.output_dir", "data.cache_dir", "reference.cache_dir"):
+        if os.path.realpath(path := flat(config)[name]) == os.path.realpath(config.model.path):
+            refuse(f"{name} = {path!r} is the folder of the model, which is only read", name, "model.path")
     seen: dict[str, tuple[str, str]] = {}
     for name, paths in (("data.train", data.train), ("data.test", data.test)):
         for path in paths:

@@ -13,6 +13,7 @@ checkpoint is refused. Where transformers 4 and 5 differ, they are those of vers
 """
 
 import hashlib
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -109,6 +110,13 @@ class JsonTokenizer(Tokenizer):
         # The file may carry the limits of whoever saved it.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        # The library gives an added token that the vocabulary lacks the next free id, whatever id the file says.
+        for entry in json.loads(data).get("added_tokens") or ():
+            if (found := tokenizer.token_to_id(entry["content"])) != entry["id"]:
+                raise ValueError(
+                    f"{path}: added_tokens gives {entry['content']!r} the id {entry['id']}, but with this vocabulary "
+                    f"it has {found}"
+                )
 
         # Tokens from the files beside this one. The library picks their ids, so those asked for are compared.
         config = read_tokenizer_config(path.parent)

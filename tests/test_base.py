@@ -244,7 +244,7 @@ def asked_by_train(directory: Path) -> str:
 def asked_by_command(main: Callable, capsys: pytest.CaptureFixture, *arguments: str) -> str:
     capsys.readouterr()
     code, said = main([*arguments, "--device", "cpu"]), capsys.readouterr().err
-    assert (code == 0) == (not said)
+    assert (code == 2) == ("error: " in said)
     return said.partition("error: ")[2].rstrip()
 
 

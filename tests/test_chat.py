@@ -184,9 +184,10 @@ def test_where_the_special_tokens_are_looked_for(tmp_path: Path) -> None:
     write(tmp_path, "special_tokens_map.json", {"bos_token": "<map>", "eos_token": {"content": "</map>"}})
     assert tokens() == ("<map>", "</map>")
     # As in transformers: the map counts more, unless the config has an added_tokens_decoder.
-    write(tmp_path, "tokenizer_config.json", {"bos_token": {"content": "<cfg>"}, "eos_token": None})
+    token = {"__type": "AddedToken", "content": "<cfg>"}
+    write(tmp_path, "tokenizer_config.json", {"bos_token": token, "eos_token": None})
     assert tokens() == ("<map>", "</map>")
-    write(tmp_path, "tokenizer_config.json", {"bos_token": {"content": "<cfg>"}, "added_tokens_decoder": {}})
+    write(tmp_path, "tokenizer_config.json", {"bos_token": token, "added_tokens_decoder": {}})
     assert tokens() == ("<cfg>", "</map>")
     write(tmp_path, "tokenizer_config.json", {"bos_token": None, "added_tokens_decoder": {}})
     assert tokens() == (None, "</map>")
@@ -212,6 +213,7 @@ NOT_A_TOKEN = "is .*; it must be a string, or an object whose content is a strin
         ("tokenizer_config.json", {"bos_token": {"content": ["x"]}}, NOT_A_TOKEN),
         ("tokenizer_config.json", {"bos_token": "\ud800"}, "holds '.ud800', half of a surrogate pair"),
         ("special_tokens_map.json", {"bos_token": {"content": "<s>", "lstrip": 1}}, "its flags must be true or false"),
+        ("tokenizer_config.json", {"pad_token": {"content": "<s>"}}, "which transformers cannot load without .*__type"),
         ("tokenizer_config.json", {"tokenizer_class": 0}, "tokenizer_class is 0, which transformers cannot load"),
         ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length is 'x', which transformers cannot"),
         ("tokenizer_config.json", {"padding_side": "x"}, "padding_side is 'x', which transformers cannot load"),

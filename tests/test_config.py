@@ -377,6 +377,13 @@ def test_a_file_of_pairs_is_named_once(minimal, tmp_path, monkeypatch):
     assert config.load(minimal, ["data.test=b.jsonl"]).data.test == ("b.jsonl",)
 
 
+@pytest.mark.parametrize("name", ["train.output_dir", "data.cache_dir", "reference.cache_dir"])
+def test_nothing_is_written_into_the_models_folder(minimal, name: str):
+    path = config.load(minimal).model.path
+    with pytest.raises(ValueError, match=rf"{name} = '\./{path}/' is the folder of the model, which is only read"):
+        config.load(minimal, [f"{name}=./{path}/"])
+
+
 def test_help_names_every_setting():
     lines = [line.split()[0] for line in config.help_text().splitlines() if line.startswith("  ") and line[2] != " "]
     assert lines == [name.rpartition(".")[2] for name in config.SETTINGS]

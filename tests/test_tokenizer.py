@@ -394,6 +394,15 @@ def test_what_tokenizer_model_cannot_do(
     assert "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)" in str(error.value)
 
 
+def test_an_added_token_has_the_id_that_its_file_says(mistral_tokenizer_dir: Path, tmp_path: Path) -> None:
+    """The library would give it another one, and transformers a third."""
+    saved = json.loads((mistral_tokenizer_dir / "tokenizer.json").read_text(encoding="utf-8"))
+    saved["model"]["vocab"]["<t>"] = saved["model"]["vocab"].pop("<s>")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved), encoding="utf-8")
+    with pytest.raises(ValueError, match="added_tokens gives '<s>' the id 1, but with this vocabulary it has 32000"):
+        load_tokenizer(tmp_path)
+
+
 def test_tokenizer_model_has_no_gaps_for_added_tokens(sentencepiece_dir: Path, tmp_path: Path) -> None:
     shutil.copy(sentencepiece_dir / "tokenizer.model", tmp_path)
     for i in (5, 32007):
