@@ -517,7 +517,7 @@ def test_a_stop_says_what_is_kept_and_what_to_do(opened: Run, tmp_path: Path):
 @pytest.mark.parametrize("keep", [1, 3])
 def test_too_little_room_on_the_disk_is_said(opened: Run, base: Path, monkeypatch, optimizer, dtype, keep):
     parameters = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
-    inputs = Inputs(read_base(base), Frame(), pair_set([]), pair_set([]), [])
+    inputs = Inputs(read_base(base), Frame(), pair_set([]), pair_set([]), [], read_base(base))
     names = ("train.optimizer", "train.export_dtype", "train.keep_checkpoints")
     opened.facts["settings"] |= dict(zip(names, (optimizer, dtype, keep), strict=True))
     more = {1: 1, 3: 2}[keep]  # two of keep + 1 are there; at least one more is written
