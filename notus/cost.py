@@ -239,7 +239,7 @@ def memory_gib(dims: MistralConfig, job: Job, scored: float, recompute: str) -> 
         f"{job.optimizer} state, fp32 shard": (8 if job.optimizer == "adamw" else 4) * trained * held,
         "gathered weights and gradients": gathered,
         **(
-            {"shards that come from the host": stored * max(rest, 2 * one_layer) / job.shards}
+            {"copies that come from the host": stored * max(rest, 2 * one_layer) / job.shards}
             if job.cpu_offload
             else {}
         ),
