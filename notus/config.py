@@ -69,7 +69,7 @@ class LoRA:
         ("q_proj", "k_proj", "v_proj", "o_proj"),
     )
     export: Literal["merged", "adapter"] = setting(
-        "merged: a whole model in Hugging Face layout; adapter: what was learned alone, in PEFT's format", "merged"
+        "a whole model, or what was learned alone, in PEFT's format", "merged"
     )
 
 
@@ -95,7 +95,7 @@ class Train:
         "decides LoRA's first weights and, with the epoch, the order of the pairs", 42, "[0, 4294967296)"
     )
     compute_dtype: Literal["bfloat16", "float32"] = setting(
-        "of matmuls, activations and frozen weights; trained weights and optimizer state are float32", "bfloat16"
+        "of matmuls, activations and frozen weights; trained weights and their state are float32", "bfloat16"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto uses cuda if there is a GPU", "auto")
     activation_checkpointing: Literal["auto", "none", "elementwise", "half", "full"] = setting(

@@ -68,7 +68,7 @@ OPTIMIZER_BYTES = {"rmsprop": 70, "adamw": 114}
 
 def peak_flops(device_name: str) -> float | None:
     """By the name that torch.cuda.get_device_name gives; None for a device that is not in the table."""
-    words = re.split(r"[ -]", device_name)
+    words = [] if "Laptop" in device_name else re.split(r"[ -]", device_name)
     model = next(
         (w for w in words if w in ("A10", "3090", "4090", "5090", "L40S", "A100", "H100", "H200", "B200")), None
     )

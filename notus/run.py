@@ -243,14 +243,14 @@ def open_run(config: Config, inputs: Inputs, world: World, fresh: bool, held: Ex
 def identity_of(config: Config, base: Base, facts: dict[str, Any]) -> dict[str, Any]:
     """By name, everything that decides the numbers of a run. A run is resumed only while all of it stays as it is."""
     data = facts["data_sha256"]
+    another = ("sha256", "dims") if "reference_dims" in facts else ()
     return {
         **configuration.identity(config),
         "sha256 of data.train": [data[path] for path in config.data.train],
         "sha256 of data.test": [data[path] for path in config.data.test],
         "sha256 of the weights": facts["model_sha256"],
-        "sha256 of the reference": facts.get("reference_sha256"),
-        "dimensions of the reference": facts.get("reference_dims"),
         **base.identity,
+        **{f"{name} of another reference": facts[f"reference_{name}"] for name in another},
     }
 
 

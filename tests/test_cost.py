@@ -288,7 +288,10 @@ def test_memory_beside_the_shards_does_not_depend_on_the_gpus_but_on_the_tokens(
     def rest(**changes) -> dict[str, float]:
         return {name: gib for name, gib in memory(**changes).items() if "shard" not in name}
 
-    assert rest() == rest(num_gpus=64) == rest(optimizer="adamw") == rest(cpu_offload=True)
+    assert rest() == rest(num_gpus=64) == rest(optimizer="adamw")
+    from_host = rest(cpu_offload=True)
+    assert from_host.pop("copies that come from the host") < 0.21
+    assert rest() == from_host
     one, two = rest(), rest(micro_batch_tokens=16384)
     assert {name for name in one if one[name] != two[name]} == {"activations", "head, scored rows and softmax"}
     assert two["activations"] == pytest.approx(2 * one["activations"])
@@ -376,7 +379,13 @@ def test_a_copy_of_the_model_is_in_shards_on_the_gpus_of_its_group():
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA B200", 2250e12),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 5090", 209.5e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", None),
         ("AMD Instinct MI300X", None),
         ("", None),
     ],

@@ -461,7 +461,8 @@ def opened(tmp_path: Path, world: World) -> Run:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     facts = {"steps": 9, "settings": {
         "train.num_train_epochs": 3, "train.optimizer": "adamw", "train.export_dtype": "bfloat16",
-        "train.keep_checkpoints": 3,
+        "train.keep_checkpoints": 3, "lora.rank": 0, "lora.alpha": 16.0, "lora.targets": ["q_proj"],
+        "lora.export": "merged",
     }}  # fmt: skip
     checkpoints = Checkpoints(tmp_path / "checkpoints", 3, world, print)
     return Run(tmp_path, facts, checkpoints, None, StopSignal(), rank=0)
@@ -515,13 +516,19 @@ def test_a_stop_says_what_is_kept_and_what_to_do(opened: Run, tmp_path: Path):
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("keep", [1, 3])
-def test_too_little_room_on_the_disk_is_said(opened: Run, base: Path, monkeypatch, optimizer, dtype, keep):
-    parameters = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
+@pytest.mark.parametrize("trained", ["all", "adapter", "merged"])
+def test_too_little_room_on_the_disk_is_said(opened: Run, base: Path, monkeypatch, optimizer, dtype, keep, trained):
+    tensors = load_file(base / "model.safetensors")
+    parameters = checkpointed = sum(tensor.numel() for tensor in tensors.values())
+    if trained != "all":
+        opened.facts["settings"] |= {"lora.rank": 3, "lora.export": trained}
+        checkpointed = sum(3 * sum(tensor.shape) for name, tensor in tensors.items() if "q_proj" in name)
+        parameters = checkpointed if trained == "adapter" else parameters
     inputs = Inputs(read_base(base), Frame(), pair_set([]), pair_set([]), [], read_base(base))
     names = ("train.optimizer", "train.export_dtype", "train.keep_checkpoints")
     opened.facts["settings"] |= dict(zip(names, (optimizer, dtype, keep), strict=True))
     more = {1: 1, 3: 2}[keep]  # two of keep + 1 are there; at least one more is written
-    checkpoint = parameters * {"adamw": 12, "rmsprop": 8}[optimizer]
+    checkpoint = checkpointed * {"adamw": 12, "rmsprop": 8}[optimizer]
     needed = more * checkpoint + parameters * {"bfloat16": 2, "float32": 4}[dtype]
     monkeypatch.setattr(run.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     assert opened.disk_notes(inputs) == []
