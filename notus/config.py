@@ -107,7 +107,7 @@ class Train:
     save_steps: int = setting("steps between checkpoints, which are written while training continues", 100, "[1, inf)")
     keep_checkpoints: int = setting("most recent checkpoints to keep; 8 bytes a parameter, 12 for adamw", 2, "[1, inf)")
     max_skipped_steps: int = setting("stop after this many non-finite gradients in a row", 3, "[1, inf)")
-    export_dtype: Literal["bfloat16", "float32"] = setting("of the weights in the exported model", "bfloat16")
+    export_dtype: Literal["bfloat16", "float32"] = setting("of the exported model; an adapter is float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -91,8 +91,9 @@ class Run:
         settings, parameters = self.facts["settings"], sum(num_parameters(inputs.base.dims))
         trained = num_adapter_parameters(inputs.base.dims, self.lora) or parameters
         checkpoint = trained * (12 if settings["train.optimizer"] == "adamw" else 8)
-        exported = trained if settings["lora.export"] == "adapter" else parameters
-        result = exported * (2 if settings["train.export_dtype"] == "bfloat16" else 4)
+        result = parameters * (2 if settings["train.export_dtype"] == "bfloat16" else 4)
+        if settings["lora.export"] == "adapter":
+            result = 4 * trained
         kept = len(self.checkpoints.complete())
         needed = checkpoint * max(1, settings["train.keep_checkpoints"] + 1 - kept) + result
         free = shutil.disk_usage(self.output).free

@@ -523,13 +523,13 @@ def test_too_little_room_on_the_disk_is_said(opened: Run, base: Path, monkeypatc
     if trained != "all":
         opened.facts["settings"] |= {"lora.rank": 3, "lora.export": trained}
         checkpointed = sum(3 * sum(tensor.shape) for name, tensor in tensors.items() if "q_proj" in name)
-        parameters = checkpointed if trained == "adapter" else parameters
     inputs = Inputs(read_base(base), Frame(), pair_set([]), pair_set([]), [], read_base(base))
     names = ("train.optimizer", "train.export_dtype", "train.keep_checkpoints")
     opened.facts["settings"] |= dict(zip(names, (optimizer, dtype, keep), strict=True))
     more = {1: 1, 3: 2}[keep]  # two of keep + 1 are there; at least one more is written
     checkpoint = checkpointed * {"adamw": 12, "rmsprop": 8}[optimizer]
-    needed = more * checkpoint + parameters * {"bfloat16": 2, "float32": 4}[dtype]
+    exported = 4 * checkpointed if trained == "adapter" else parameters * {"bfloat16": 2, "float32": 4}[dtype]
+    needed = more * checkpoint + exported
     monkeypatch.setattr(run.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     assert opened.disk_notes(inputs) == []
     monkeypatch.setattr(run.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
