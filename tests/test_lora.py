@@ -1,28 +1,32 @@
 """lora.py: peft is the truth for the file and the numbers, finite differences for the gradient, an unchanged base for
 the start; and nothing of the base is trained, copied or kept twice."""
 
+import functools
 import json
 import math
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import logits_of, pair_set, random_pairs, run_ranks, save_checkpoint, tiny_config, tiny_model
+from tiny import hf_load, hf_logps, logits_of, random_pairs, run_ranks, save_checkpoint, tiny_config, tiny_model, worst
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from notus import distributed, weights
+from notus.base import Frame, read_base
 from notus.checkpoint import state_of
 from notus.distributed import full_tensor
 from notus.logprobs import token_logps
-from notus.lora import TARGETS, LoRA, add_lora, initialize, lora_layers, merged, peft_config
+from notus.lora import TARGETS, LoRA, add_lora, initialize, lora_layers, merged, peft_config, peft_tensors
 from notus.losses import dpo_loss
 from notus.model import Mistral, pair_logps
 from notus.optim import make_optimizer
 from notus.packing import pack_pairs
+from notus.tokens import load_pairs
 from notus.weights import export, load_weights, meta_model
 
 CONFIG = tiny_config(initializer_range=0.2)
@@ -303,7 +307,6 @@ def test_two_processes_begin_learn_and_export_as_one(tmp_path: Path):
                 assert b.any()
                 learned = 2.0 * b @ a
             assert torch.allclose(whole[key], before.to(dtype).float() + learned, rtol=1e-6, atol=1e-7), key
-    assert pair_set(PAIRS)  # the pairs that both share
 
 
 def test_bytes_of_the_adapter_are_those_of_notus_7b_v1_lora():
@@ -317,3 +320,133 @@ def test_bytes_of_the_adapter_are_those_of_notus_7b_v1_lora():
         p.numel() for p in with_lora(lora).parameters() if p.requires_grad
     )
     assert num_adapter_parameters(MISTRAL_7B, None) == 0
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------
+
+ON = ("lora.rank=4", "lora.alpha=8", "train.learning_rate=1e-2")
+
+
+@pytest.fixture(scope="module")
+def lora_truth(home: Path, truth: Path) -> Path:
+    """A LoRA run that nothing interrupts, with the reference cache of the full run."""
+    out = home / "lora-truth"
+    text = forked.finish(out, home, *ON, *forked.own_caches(truth))
+    assert "0 pairs scored, 19 found" in text and "0 held-out pairs scored, 5 found" in text
+    assert "lora        rank 4, alpha 8, on q_proj, k_proj, v_proj, o_proj: " in text
+    return out
+
+
+def test_a_lora_run_takes_the_cache_of_a_full_run_and_begins_at_log_2(home: Path, lora_truth: Path):
+    lines = [line for line in forked.read_metrics(lora_truth) if "loss" in line]
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert lines[-1]["loss"] < 0.9 * math.log(2)
+    before, after = load_file(home / "base" / "model.safetensors"), load_file(lora_truth / "final/model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.split(".")[-2] in TARGETS[:4]}
+
+
+def test_a_checkpoint_holds_the_adapter_alone(lora_truth: Path):
+    names = {name.split(": ")[1] for name in forked.tensors_in(lora_truth / "checkpoints" / "step-00000008")}
+    assert {name.split(".lora_")[0].split(".", 1)[1].split(".")[-1] for name in names} == set(TARGETS[:4])
+    assert all(".lora_" in name for name in names)
+
+
+@pytest.mark.parametrize("settings", [(), ("train.compute_dtype=bfloat16",)], ids=["float32", "bfloat16"])
+def test_a_killed_run_resumes_bit_for_bit(home: Path, truth: Path, lora_truth: Path, tmp_path: Path, settings):
+    """In bfloat16, one process needs no FSDP2: A and B cast themselves."""
+    caches, whole, out = forked.own_caches(truth), lora_truth, tmp_path / "killed"
+    if settings:
+        whole = tmp_path / "whole"
+        forked.finish(whole, home, *ON, *caches, *settings)
+    killed = forked.launch(out, home, *ON, *caches, *settings, strikes=(forked.Strike("train:lr_at", forked.die, 6),))
+    assert killed.code < 0
+    assert "resuming    after step " in forked.finish(out, home, *ON, *caches, *settings)
+    forked.assert_same(out, whole)
+
+
+def test_another_rank_of_lora_is_another_run(home: Path, truth: Path, tmp_path: Path):
+    caches, out = forked.own_caches(truth), tmp_path / "out"
+    forked.launch(out, home, *ON, *caches, strikes=(forked.Strike("train:lr_at", forked.die, 6),))
+    other = forked.launch(out, home, *ON, *caches, "lora.rank=5")
+    assert other.code == 2 and "lora.rank was 4 and is 5" in other.text
+    assert forked.launch(out, home, *ON, *caches, "lora.export=adapter").code == 0  # only how it is written
+
+
+def test_two_processes_are_one_run_and_export_the_same_adapter(home: Path, truth: Path, lora_truth: Path, tmp_path):
+    """And PEFT, given the adapter, computes the log-probs of the last evaluation."""
+    out, settings = tmp_path / "two", (*ON, *forked.own_caches(truth), "lora.export=adapter")
+    assert forked.join(forked.start_ranks(out, home, 2, *settings)) == [0, 0], forked.log_of(out, 0).read_text()
+    for mine, other in zip(forked.read_metrics(out), forked.read_metrics(lora_truth), strict=True):
+        assert mine.keys() == other.keys()
+        assert all(mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5) for name in mine), mine["step"]
+    adapter = load_file(out / "final" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    whole, base = load_file(lora_truth / "final/model.safetensors"), load_file(home / "base" / "model.safetensors")
+    for name in (name for name in base if name.split(".")[-2] in TARGETS[:4]):
+        a, b = (adapter[f"base_model.model.{name.removesuffix('weight')}lora_{matrix}.weight"] for matrix in "AB")
+        assert torch.allclose(base[name] + 2.0 * b @ a, whole[name], atol=1e-5)
+
+    import peft
+
+    theirs = peft.PeftModel.from_pretrained(hf_load(home / "base"), out / "final").eval()
+    encoder = read_base(home / "base").encoder(Frame())
+    pairs = load_pairs([home / "test.jsonl"], encoder, max_length=48, max_prompt_length=24)
+    with torch.no_grad():
+        logps = torch.stack([hf_logps(theirs, pair.prompt, answer) for pair in pairs for answer in pair[2:]])
+    chosen, rejected = logps.view(-1, 2).mean(0).tolist()
+    last = [line for line in forked.read_metrics(out) if "eval_loss" in line][-1]
+    assert last["eval_logps/chosen"] == pytest.approx(chosen, rel=1e-5)
+    assert last["eval_logps/rejected"] == pytest.approx(rejected, rel=1e-5)
+
+
+def test_two_processes_in_bfloat16_begin_at_log_2(home: Path, tmp_path: Path):
+    """FSDP2 with frozen bfloat16 and trained float32, through a whole run."""
+    out = tmp_path / "two"
+    settings = (*ON, *forked.own_caches(out), "train.compute_dtype=bfloat16", "train.num_train_epochs=1")
+    assert forked.join(forked.start_ranks(out, home, 2, *settings)) == [0, 0], forked.log_of(out, 0).read_text()
+    lines = [line for line in forked.read_metrics(out) if "loss" in line]
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=0.01) and len(lines) == 3
+
+
+def test_peft_computes_the_same_gradients(tmp_path: Path):
+    """Of the loss over pairs, by every A and B, through PEFT's own layers and transformers' model."""
+    import peft
+
+    lora, pairs = LoRA(3, 16.0, TARGETS), random_pairs(np.random.default_rng(1), 4, CONFIG.vocab_size)
+    base, model = base_files(tmp_path / "base"), with_lora(lora)
+    export(model, base, tmp_path / "adapter", torch.float32, "", eos_id=2, adapter=peft_config(lora, str(base)))
+    theirs = peft.PeftModel.from_pretrained(hf_load(base), tmp_path / "adapter", is_trainable=True)
+    loss_of(model, pairs).backward()
+    logps = torch.stack([hf_logps(theirs, pair.prompt, answer) for pair in pairs for answer in pair[2:]]).view(-1, 2)
+    dpo_loss(logps[:, 0] + 30.0, logps[:, 1] + 31.0, beta=0.02).mean().backward()
+    found = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    ours = {name: parameter.grad for name, parameter in peft_tensors(model)}
+    assert len(found) == 2 * 7 * CONFIG.num_hidden_layers
+    assert worst(ours, found) < 2e-5
+
+
+@pytest.mark.parametrize("level", ["none", "elementwise", "half", "full"])
+def test_recomputation_changes_no_gradient(level: str):
+    pairs, grads = random_pairs(np.random.default_rng(1), 4, CONFIG.vocab_size), []
+    for recompute in ("none", level):
+        model = with_lora(LORAS[1])
+        model.model.recompute = recompute
+        loss_of(model, pairs).backward()
+        grads.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    assert all(torch.equal(*both) for both in zip(*grads, strict=True))
+
+
+def test_compiled_layers_have_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
+    """With autograd's partitioner, without code generation, which takes a minute."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    pairs = random_pairs(np.random.default_rng(1), 4, CONFIG.vocab_size)
+    plain, compiled = with_lora(LORAS[1]), with_lora(LORAS[1])
+    compiled.model.recompute = "elementwise"
+    compiled.model.compile_layers()
+    for model in (plain, compiled):
+        loss_of(model, pairs).backward()
+    ours, theirs = ({name: p.grad for name, p in peft_tensors(model)} for model in (compiled, plain))
+    assert worst(ours, theirs) < 1e-5
+    assert all(p.grad is None for p in compiled.parameters() if not p.requires_grad)
