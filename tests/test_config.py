@@ -241,6 +241,13 @@ def test_refused_words(words, message):
     assert str(error.value).startswith("command line: ") and message in str(error.value)
 
 
+def test_lora_without_a_target_is_refused(minimal):
+    with pytest.raises(ValueError, match=r"lora\.rank = 8, but lora\.targets is empty, so nothing would be trained"):
+        config.load(minimal, ["lora.rank=8", "lora.targets=[]"])
+    assert config.load(minimal, ["lora.rank=8", "lora.targets=up_proj"]).lora.targets == ("up_proj",)
+    assert config.load(minimal, ["dpo.reference="]).dpo.reference == ""
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -254,6 +261,13 @@ def test_refused_words(words, message):
         ("train.beta=0.1", "did you mean dpo.beta?"),
         ("beta=0.1", "did you mean dpo.beta?"),
         ("train.lr=0.1", "unknown setting train.lr; [train] has output_dir, learning_rate,"),
+        ("train.schedule=constant", 'train.schedule must be "linear" or "cosine", not \'constant\''),
+        ("lora.rank=-1", "lora.rank = -1 is outside [0, inf)"),
+        ("lora.alpha=0", "lora.alpha = 0.0 is outside (0, inf)"),
+        ("lora.targets=qproj", "lora.targets has 'qproj'; linear layers: q_proj, k_proj, v_proj, o_proj, gate_proj,"),
+        ("lora.targets=[7]", "lora.targets must be a text or a list of texts, not [7]"),
+        ("lora.targets=['']", "lora.targets must be a text or a list of texts, not ['']"),
+        ("lora.export=adapter", 'lora.export = "adapter", but lora.rank = 0: there is no adapter without LoRA'),
         ("log.to=x", "sections are model, data, dpo, lora, train, reference"),
         ("--config=x.toml", "unknown setting config; give one config file, as the first word, without a flag"),
         ("extends=x.toml", "unknown setting extends; write extends in a file, above its first [section]"),

@@ -301,6 +301,22 @@ def test_data_and_weights_are_part_of_the_identity(settings: Config, name: str):
     assert said.count(" was ") == 1
 
 
+def test_another_reference_is_part_of_the_identity_by_its_content(settings: Config):
+    base = read_base(settings.model.path)
+    digests = {settings.data.train[0]: "0a", settings.data.test[0]: "0b"}
+    own = {"data_sha256": digests, "model_sha256": "0c", "reference_sha256": "0c"}
+    other = own | {"reference_sha256": "1d", "reference_dims": {"rope_theta": 1e4}}
+    moved = with_setting(settings, "dpo.reference", "pi_0")
+    assert identity_of(moved, base, own) == identity_of(settings, base, own)
+    for changes, said in (
+        ({"reference_sha256": "2e"}, "sha256 of another reference was '1d' and is '2e'. Choose"),
+        ({"reference_dims": {"rope_theta": 1e6}}, "dims of another reference was {'rope_theta': 10000.0} and is {"),
+    ):
+        new = identity_of(moved, base, other | changes)
+        assert describe_difference(identity_of(moved, base, other), new).startswith(said)
+    assert "is missing" in describe_difference(identity_of(moved, base, other), identity_of(moved, base, own))
+
+
 def test_a_difference_names_what_is_there_and_what_is_not():
     said = describe_difference({"a": 1, "b": 2, "gone": None}, {"a": 1, "b": 3, "new": None})
     assert said.startswith("b was 2 and is 3; gone was None and is missing; new was missing and is None. Choose")
