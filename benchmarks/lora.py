@@ -1,6 +1,6 @@
 """What LoRA saves: the memory and the time of a real step, beside full tuning of the same shape.
 
-    python benchmarks/lora.py [--rank 16] [--layers 8]
+    python benchmarks/lora.py [--rank 16] [--layers 4]
 
 Random weights and random tokens, with lengths as UltraFeedback has them, a quarter as long. Each variant trains in a
 process of its own, by train.train_step, twice, alternating. The peak is the process's own, less what it had before the
@@ -24,9 +24,9 @@ from notus.dims import MistralConfig
 from notus.lora import TARGETS, LoRA, add_lora, initialize, peft_tensors
 from notus.metrics import peak_memory_gib
 from notus.model import Mistral
-from notus.weights import _write_file, write_weights
+from notus.weights import write_file, write_weights
 
-STEPS, PER_STEP = 8, 4
+STEPS, PER_STEP = 6, 4
 VARIANTS = {"full": (), "LoRA, q k v o": TARGETS[:4], "LoRA, all seven": TARGETS}
 
 
@@ -52,7 +52,7 @@ def measure(variant: str, layers: int, rank: int, optimizer: str) -> dict:
     sizes = {}
     with tempfile.TemporaryDirectory() as folder:
         if lora:
-            _write_file(Path(folder) / "adapter.safetensors", peft_tensors(model), torch.float32, 0)
+            write_file(Path(folder) / "adapter.safetensors", peft_tensors(model), torch.float32, 0)
             sizes["adapter"] = (Path(folder) / "adapter.safetensors").stat().st_size
         write_weights(model, Path(folder), torch.float32, 0, 10**12)
         sizes["model"] = (Path(folder) / "model.safetensors").stat().st_size
@@ -66,7 +66,7 @@ def measure(variant: str, layers: int, rank: int, optimizer: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=8, help="of width 1024")
+    parser.add_argument("--layers", type=int, default=4, help="of width 1024")
     parser.add_argument("--optimizer", choices=["rmsprop", "adamw"], default="adamw")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from notus.files import read_text, sentence
 
 MAX_GPUS = 100_000  # to plan for
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that LoRA can learn
 CONFIGS = Path(__file__).parent.parent / "configs"  # the shipped files, from any working directory
 
 
@@ -64,10 +65,7 @@ class DPO:
 class LoRA:
     rank: int = setting("of what each target matrix learns, with the base frozen; 0 trains all weights", 0, "[0, inf)")
     alpha: float = setting("what is learned is scaled by alpha / rank", 16.0, "(0, inf)")
-    targets: tuple[str, ...] = setting(
-        "linear layers: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
-        ("q_proj", "k_proj", "v_proj", "o_proj"),
-    )
+    targets: tuple[str, ...] = setting(f"linear layers, of {', '.join(LAYERS)}", LAYERS[:4])
     export: Literal["merged", "adapter"] = setting(
         "a whole model, or what was learned alone, in PEFT's format", "merged"
     )
@@ -371,9 +369,8 @@ def check(config: Config, where: dict[str, str]) -> None:
         raise ValueError(f"{places}: {message}")
 
     data, lora = config.data, config.lora
-    layers = (*"qkvo", "gate", "up", "down")
-    if wrong := [name for name in lora.targets if name not in {f"{layer}_proj" for layer in layers}]:
-        refuse(f"lora.targets has {shown(wrong[0])}; {SETTINGS['lora.targets'].metadata['doc']}", "lora.targets")
+    if wrong := [name for name in lora.targets if name not in LAYERS]:
+        refuse(f"lora.targets has {shown(wrong[0])}; it must be of {', '.join(LAYERS)}", "lora.targets")
     if lora.rank and not lora.targets:
         refuse(f"lora.rank = {lora.rank}, but lora.targets is empty, so nothing would be trained", "lora.targets")
     if lora.export == "adapter" and not lora.rank:

@@ -29,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from notus import config as configuration
 from notus import distributed, weights
 from notus.base import Frame, load_sharded, read_base
 from notus.checkpoint import state_of
@@ -91,6 +92,15 @@ def test_names_stay_and_only_a_and_b_are_trained_in_float32(lora: LoRA):
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     assert {parameter.dtype for name, parameter in names.items() if name not in trained} == {torch.bfloat16}
     layers = {name.rpartition(".")[0] for name in trained}
+    assert (
+        TARGETS
+        == configuration.LAYERS
+        == tuple(
+            name.rpartition(".")[2]
+            for name, layer in plain.model.layers[0].named_modules()
+            if isinstance(layer, nn.Linear)
+        )
+    )
     assert {name.rpartition(".")[2] for name in layers} == set(lora.targets)
     assert len(layers) == len(lora.targets) * CONFIG.num_hidden_layers
     assert trained.keys() == {f"{layer}.lora_{matrix}" for layer in layers for matrix in "ab"}
