@@ -34,9 +34,7 @@ from notus.run import StopSignal
 
 ROOT = Path(__file__).parent.parent
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["runs", "test_checkpoint"]
-)  # torch is imported once: a run starts in a fraction of a second
+FORKS.set_forkserver_preload(["forked"])  # torch is imported once: a run starts in a fraction of a second
 
 TRAIN_PAIRS, TEST_PAIRS, STEPS = 19, 5, 9  # 3 epochs of 8 + 8 + 3 pairs, each step in 2 or 3 micro-batches
 CONFIG = """
