@@ -230,31 +230,30 @@ def positive(kind: type[float]) -> Callable[[str], float]:
     return convert
 
 
-def model_and_frame(path: Path, arguments: argparse.Namespace) -> tuple[Base, Frame]:
-    base = read_base(path)
-    return base, choose_frame(base, arguments.bos, arguments.system, arguments.no_system)
-
-
-def run_exact_match(arguments: argparse.Namespace) -> list[str]:
-    if arguments.output and not arguments.output.parent.is_dir():
-        raise ValueError(f"{arguments.output.parent}: no such directory, so --output cannot be written there")
-    questions = read_questions(arguments.prompts, arguments.limit)
-    models = [model_and_frame(path, arguments) for path in dict.fromkeys(arguments.model)]
+def run_exact_match(
+    model: list[Path], prompts: Path, limit: int | None, samples: int, max_new_tokens: int, batch_size: int,
+    output: Path | None, device: str, dtype: str, **frame: Any,
+) -> list[str]:  # fmt: skip
+    if output and not output.parent.is_dir():
+        raise ValueError(f"{output.parent}: no such directory, so --output cannot be written there")
+    questions = read_questions(prompts, limit)
+    bases = [read_base(path) for path in dict.fromkeys(model)]
     return exact_match(
-        models, questions, *place(arguments.device, arguments.dtype), max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size, samples=arguments.samples, output=arguments.output,
+        [(base, choose_frame(base, **frame)) for base in bases], questions, *place(device, dtype),
+        max_new_tokens=max_new_tokens, batch_size=batch_size, samples=samples, output=output,
     )  # fmt: skip
 
 
-def run_preferences(arguments: argparse.Namespace) -> list[str]:
-    base, frame = model_and_frame(arguments.model, arguments)
-    for name in ("beta", "max_length", "max_prompt_length"):
-        if (value := getattr(arguments, name)) is not None:
-            frame = replace(frame, **{name: value})
+def run_preferences(
+    model: Path, base: Path, data: list[Path], micro_batch_tokens: int, device: str, dtype: str, bos: bool | None,
+    system: str | None, no_system: bool, **lengths_and_beta: float | None,
+) -> list[str]:  # fmt: skip
+    policy = read_base(model)
+    given: dict[str, Any] = {name: value for name, value in lengths_and_beta.items() if value is not None}
+    frame = replace(choose_frame(policy, bos, system, no_system), **given)
     if frame.max_prompt_length >= frame.max_length:
         raise ValueError(f"--max-prompt-length {frame.max_prompt_length} must be below --max-length {frame.max_length}")
-    reference, where = read_base(arguments.base), place(arguments.device, arguments.dtype)
-    return preferences((base, frame), reference, arguments.data, *where, arguments.micro_batch_tokens)
+    return preferences((policy, frame), read_base(base), data, *place(device, dtype), micro_batch_tokens)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -291,9 +290,10 @@ def main(argv: list[str] | None = None) -> int:
         "--micro-batch-tokens", type=positive(int), default=16384, metavar="N", help="changes speed and memory only"
     )
 
-    arguments = parser.parse_args(argv)
+    arguments = vars(parser.parse_args(argv))
+    run: Callable[..., list[str]] = arguments.pop("run")
     try:
-        print("\n".join(arguments.run(arguments)))
+        print("\n".join(run(**arguments)))
     except (ValueError, OSError) as error:
         print(f"notus.evaluate: error: {sentence(error)}", file=sys.stderr)
         return 2
