@@ -30,6 +30,7 @@ from binarize import (
     RULES,
     Completion,
     Drop,
+    check_paths,
     choose,
     choose_by_overall_score,
     choose_by_ratings,
@@ -41,7 +42,6 @@ from binarize import (
     prompt_id_of,
     read_json,
     read_values,
-    refuse_folder,
     rows_of_the_rules,
     show,
 )
@@ -130,9 +130,6 @@ class Entry(NamedTuple):
 
 def holds_pairs(path: Path) -> bool:
     """Whether a file holds pairs, by its first row. Parquet and CSV are left to notus/rows.py."""
-    refuse_folder(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
     with open(path, "rb") as packed:
         if packed.peek(4).startswith(PARQUET) or path.suffix == ".csv":
             return True
@@ -179,8 +176,8 @@ def raw_entry(where: str, value: Any, by: str, seed: int) -> Entry:
         if counts["differ"]:
             findings.append(("rules differ", f"ratings choose {best.model}, overall_score chooses {other.model}"))
     prompt_id = prompt_id_of(record.instruction)
-    for completion in () if isinstance(choice, Drop) else choice:
-        completion.response.encode()  # binarize.py would refuse half of a surrogate pair here
+    for completion in () if isinstance(choice, Drop) else choice:  # binarize.py refuses half of a surrogate pair there
+        f"{record.source}\n{completion.model}\n{completion.response}".encode()
     return Entry(
         where, record.source, record.instruction, prompt_id, answers, chosen, rejected, findings, disagreement, counts
     )
@@ -209,8 +206,10 @@ MODEL_FIELDS = ("{}_model", "{}-model")
 
 
 def read_pair_entries(path: Path) -> Iterator[Entry]:
-    from notus.rows import parse_row, read_records  # the one place that knows the shapes; needs no torch
-
+    try:
+        from notus.rows import parse_row, read_records  # the one place that knows the shapes; needs no torch
+    except ImportError:
+        raise ValueError(f"{path}: holds pairs, which notus reads; pip install -e . in its repository") from None
     for where, value in read_records(path):
         row = parse_row(where, value)
         turns = [turn for turn in row.prompt if turn["content"] or turn["role"] != "system"]
@@ -418,7 +417,6 @@ class Audit:
         self.counts: Counter[str] = Counter()
         self.sources: dict[str, Counter[str]] = defaultdict(Counter)
         self.models: dict[str, Counter[str]] = defaultdict(Counter)
-        self.sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])  # of a model's mean ratings, overall_scores
         self.rows: list[list[Any]] = []  # by COLUMNS
         self.findings: list[list[tuple[str, str]]] = []  # of each row
         self.prompts: dict[bytes, list[int]] = defaultdict(list)  # digest of a prompt -> its rows
@@ -437,9 +435,9 @@ class Audit:
         for i, answer in enumerate(entry.answers):
             model = self.models[answer.model]
             model.update(answers=1, chars=len(answer.response), chosen=i == entry.chosen, rejected=i == entry.rejected)
-            model.update(ratings=answer.rating is not None, scores=answer.overall_score is not None)
-            self.sums[answer.model][0] += answer.rating or 0
-            self.sums[answer.model][1] += answer.overall_score or 0
+            for group in (source, model):
+                group.update(ratings=answer.rating is not None, scores=answer.overall_score is not None)
+                group.update({"rating": answer.rating or 0, "score": answer.overall_score or 0})  # sums, for the means
         chosen, rejected = (None if i is None else entry.answers[i] for i in (entry.chosen, entry.rejected))
         score = margin = length = longer = None
         if chosen and rejected:
@@ -486,22 +484,32 @@ class Audit:
         """(header, rows): by source, then by model, largest first."""
         by_source = [
             [
-                printable(name) or "(no source)", f"{c['records']:,}", f"{c['pairs']:,}", share(c["longer"], c["pairs"]),
+                printable(name) or "(no source)", f"{c['records']:,}", f"{c['pairs']:,}",
+                share(c["longer"], c["pairs"]),
                 mean(c["chosen_chars"], c["pairs"], 0), mean(c["rejected_chars"], c["pairs"], 0),
-                share(c["differ"], c["compared"]),
+                share(c["differ"], c["compared"]), *means(c),
             ]
             for name, c in sorted(self.sources.items(), key=lambda item: -item[1]["records"])
         ]  # fmt: skip
         by_model = [
             [
-                printable(name) or "(no model)", f"{c['answers']:,}", mean(self.sums[name][0], c["ratings"], 2),
-                mean(self.sums[name][1], c["scores"], 2), share(c["chosen"], c["answers"]),
+                printable(name) or "(no model)", f"{c['answers']:,}", *means(c), share(c["chosen"], c["answers"]),
                 share(c["rejected"], c["answers"]), mean(c["chars"], c["answers"], 0),
             ]
             for name, c in sorted(self.models.items(), key=lambda item: -item[1]["answers"])
         ]  # fmt: skip
-        source = ["source", "records", "pairs", "chosen longer", "chosen chars", "rejected chars", "rules differ"]
-        model = ["model", "answers", "mean rating", "overall_score", "chosen", "rejected", "mean chars"]
+        scores = ["mean rating", "overall_score"]
+        source = [
+            "source",
+            "records",
+            "pairs",
+            "chosen longer",
+            "chosen chars",
+            "rejected chars",
+            "rules differ",
+            *scores,
+        ]
+        model = ["model", "answers", *scores, "chosen", "rejected", "mean chars"]
         return [(source, by_source), (model, by_model)]
 
     def counted(self) -> list[tuple[str, int, int]]:
@@ -527,6 +535,11 @@ def mean(total: float, count: int, digits: int) -> str:
     return f"{total / count:,.{digits}f}" if count else "-"
 
 
+def means(group: Counter[str]) -> tuple[str, str]:
+    """Mean rating and mean overall_score of a source's or a model's answers."""
+    return mean(group["rating"], group["ratings"], 2), mean(group["score"], group["scores"], 2)
+
+
 def audit_files(
     paths: Sequence[str | Path],
     output: str | Path,
@@ -537,7 +550,9 @@ def audit_files(
     overwrite: bool = False,
 ) -> Audit:
     """Audit raw records or pairs and write the folder `output`. On any error an older one is as it was."""
-    files, output = [Path(path) for path in paths], Path(output)
+    output = Path(output)
+    files, heldout, questions = ([Path(path) for path in group] for group in (paths, test, benchmarks))
+    check_paths([*files, *heldout, *questions], [], overwrite)
     check_output(output, overwrite)
     kinds = {holds_pairs(path): path for path in files}
     if len(kinds) > 1:
@@ -545,8 +560,8 @@ def audit_files(
     reasons = (PAIR_REASONS if True in kinds else RAW_REASONS) | TEXT_REASONS
     reasons |= (TEST_REASONS if test else {}) | (BENCHMARK_REASONS if benchmarks else {})
     searches: list[Heldout | Benchmarks] = []
-    searches += [Heldout([Path(path) for path in test])] if test else []
-    searches += [Benchmarks([Path(path) for path in benchmarks])] if benchmarks else []
+    searches += [Heldout(heldout)] if heldout else []
+    searches += [Benchmarks(questions)] if questions else []
     new = output.with_name(f".{output.name}.{os.urandom(4).hex()}.tmp")
     try:
         audit = Audit(new, reasons)
@@ -557,11 +572,7 @@ def audit_files(
         audit.finish()
         write_findings(new / "audit.jsonl", audit)
         write_page(new, audit)
-        old = new.with_suffix(".old")
-        if output.exists():
-            output.rename(old)
-        new.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
+        replace(new, output)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     return audit
@@ -576,6 +587,19 @@ def check_output(output: Path, overwrite: bool) -> None:
             raise ValueError(f"{output}: holds {sorted(strange)[0]}, which is no part of an audit; name another folder")
         if not overwrite:
             raise ValueError(f"{output}: exists; --overwrite replaces it")
+
+
+def replace(new: Path, output: Path) -> None:
+    old = new.with_suffix(".old")
+    if output.exists():
+        output.rename(old)
+    try:
+        new.rename(output)
+    except BaseException:
+        if old.exists():
+            old.rename(output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_findings(path: Path, audit: Audit) -> None:

@@ -558,7 +558,7 @@ def read_pairs(
             choice = choose(record, by, seed)
             if marks:
                 mark, choice = marks.apply(record, choice)
-                counts[f"marked {mark or 'nothing'}"] += 1
+                counts[f"mark {mark}"] += 1
             if isinstance(choice, Drop):
                 counts[choice] += 1
             else:
@@ -633,7 +633,7 @@ def table(counts: Counter[str], written: dict[Path, int]) -> str:
     records, pairs = counts["records"], counts["pairs"]
     rows = [("records", records, 0)]  # name, count, and the count that it is a share of
     rows += [(f"  dropped: {drop}", counts[drop], records) for drop in Drop if drop != Drop.MARKED or counts[drop]]
-    counted = [(f"  marked {mark}", counts[f"marked {mark}"], records) for mark in MARKS if mark != "drop"]
+    counted = [(f"  marked {mark}", counts[f"mark {mark}"], records) for mark in MARKS if mark != "drop"]
     rows += [row for row in counted if row[1]]
     rows += [("pairs", pairs, records)]
     rows += [(f"  in {path}", count, pairs) for path, count in written.items()]

@@ -49,8 +49,16 @@ async function chunk(number) {
 
 const MARKS = { k: "keep", f: "flip", d: "drop", n: "note" };
 const store = `notus audit ${page.id}`;
-const marks = new Map(Object.entries(JSON.parse(localStorage.getItem(store) ?? "{}")));
+const marks = new Map(Object.entries(storedMarks()));
 const key = (entry) => `${entry.prompt_id} ${entry.pair}`;
+
+function storedMarks() {
+  try {
+    return JSON.parse(localStorage.getItem(store) ?? "{}");
+  } catch {
+    return {}; // no storage for files in this browser; `saveMarks` says so when there is something to lose
+  }
+}
 
 function setMark(entry, change) {
   const mark = { mark: "note", note: "", ...marks.get(key(entry)), ...change };
@@ -124,7 +132,6 @@ function choices(counts, all) {
       select.append(new Option(count === null ? name : `${name} (${count.toLocaleString("en")})`, name));
     }
     select.addEventListener("change", () => success(select.value));
-    select.addEventListener("keydown", (event) => event.stopPropagation());
     return select;
   };
 }
@@ -158,7 +165,7 @@ const number = (title, field, width, headerTooltip) => ({
   formatter: (cell) => (cell.getValue() === null ? "" : String(Math.round(cell.getValue() * 100) / 100)),
 });
 const chosenBy = (title, field) => ({
-  title, field, width: 135, headerFilter: choices(countOf(field), "all"), headerFilterFunc: same,
+  title, field, width: 120, headerFilter: choices(countOf(field), "all"), headerFilterFunc: same,
 });
 const markColumn = {
   title: "mark", field: "mark", width: 80, headerFilterFunc: hasMark,
@@ -192,11 +199,11 @@ const table = new Tabulator("#table", {
       headerFilter: choices(reasonCounts, "all"), headerFilterFunc: hasReason,
     },
     { ...chosenBy("source", "source"), width: 130 },
-    chosenBy("chosen model", "chosen"),
-    chosenBy("rejected model", "rejected"),
+    chosenBy("chosen", "chosen"),
+    chosenBy("rejected", "rejected"),
     number("score", "score", 80, "of the chosen answer"),
     number("margin", "margin", 95, "score of the chosen answer, minus that of the rejected one"),
-    number("disagreement", "disagreement", 135, "mean rating of the ratings' choice, minus that of overall_score's choice"),
+    number("disagreement", "disagreement", 140, "mean rating of the ratings' choice, minus that of overall_score's choice"),
     number("length", "length", 90, "characters of the chosen answer"),
     number("longer", "longer", 90, "characters of the chosen answer, minus those of the rejected one"),
   ],
@@ -239,6 +246,7 @@ function view(entry, record) {
   buttons.push(element("button", { onclick: () => act("u") }, "unmark ", element("kbd", { textContent: "u" })));
   const note = element("input", { id: "note", value: mark.note, placeholder: "a note", ariaLabel: "note" });
   note.addEventListener("input", () => setMark(entry, { note: note.value }));
+  note.addEventListener("change", () => show(current)); // the buttons show what the note has changed
   const findings = record.findings.map(([reason, detail]) => element(
     "li", { title: page.reasons[reason] ?? "" }, element("b", { textContent: reason }), detail && ` ${detail}`,
   ));
@@ -327,12 +335,16 @@ const ACTIONS = {
 };
 
 document.addEventListener("keydown", (event) => {
-  const typing = /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName);
-  if (typing && event.key === "Escape") event.target.blur();
+  const typing = /^(INPUT|SELECT)$/.test(event.target.tagName);
+  if (typing && event.key === "Escape") {
+    event.preventDefault(); // which would empty a filter
+    event.stopPropagation();
+    event.target.blur();
+  }
   if (typing || event.ctrlKey || event.metaKey || event.altKey || byId("overview").open || !ACTIONS[event.key]) return;
   event.preventDefault();
   ACTIONS[event.key]();
-});
+}, true); // before Tabulator sees the key
 
 // --- the rest of the page --------------------------------------------------------------------------------------------
 
