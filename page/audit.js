@@ -165,7 +165,7 @@ const number = (title, field, width, headerTooltip) => ({
   formatter: (cell) => (cell.getValue() === null ? "" : String(Math.round(cell.getValue() * 100) / 100)),
 });
 const chosenBy = (title, field) => ({
-  title, field, width: 120, headerFilter: choices(countOf(field), "all"), headerFilterFunc: same,
+  title, field, width: 105, headerFilter: choices(countOf(field), "all"), headerFilterFunc: same,
 });
 const markColumn = {
   title: "mark", field: "mark", width: 80, headerFilterFunc: hasMark,
@@ -191,22 +191,22 @@ const table = new Tabulator("#table", {
   columnDefaults: { headerSortTristate: true },
   headerFilterLiveFilterDelay: 150,
   columns: [
-    { title: "#", field: "n", width: 70, hozAlign: "right", sorter: "number", formatter: (cell) => String(cell.getValue() + 1) },
+    { title: "#", field: "n", width: 60, hozAlign: "right", sorter: "number", formatter: (cell) => String(cell.getValue() + 1) },
     markColumn,
     { title: "prompt", field: "prompt", minWidth: 150, widthGrow: 3, headerFilter: "input", headerFilterPlaceholder: "begins with, or has" },
     {
       title: "reasons", field: "reasons", minWidth: 140, widthGrow: 2,
       headerFilter: choices(reasonCounts, "all"), headerFilterFunc: hasReason,
     },
-    { ...chosenBy("source", "source"), width: 130 },
+    { ...chosenBy("source", "source"), width: 120 },
     chosenBy("chosen", "chosen"),
     chosenBy("rejected", "rejected"),
-    number("score", "score", 80, "of the chosen answer"),
-    number("margin", "margin", 95, "score of the chosen answer, minus that of the rejected one"),
-    number("disagreement", "disagreement", 140, "mean rating of the ratings' choice, minus that of overall_score's choice"),
-    number("length", "length", 90, "characters of the chosen answer"),
-    number("longer", "longer", 90, "characters of the chosen answer, minus those of the rejected one"),
-  ],
+    number("score", "score", 75, "of the chosen answer"),
+    number("margin", "margin", 85, "score of the chosen answer, minus that of the rejected one"),
+    number("disagreement", "disagreement", 130, "mean rating of the ratings' choice, minus that of overall_score's choice"),
+    number("length", "length", 80, "characters of the chosen answer"),
+    number("longer", "longer", 80, "characters of the chosen answer, minus those of the rejected one"),
+  ].filter(({ field }) => field === "mark" || data.some((entry) => entry[field] !== null && entry[field] !== "")),
 });
 
 // --- the record ----------------------------------------------------------------------------------------------------
@@ -307,7 +307,9 @@ const KEYS = [
 function move(step) {
   const row = current && (step > 0 ? current.getNextRow() : current.getPrevRow());
   if (!row) return;
-  table.scrollToRow(row, "nearest", false).catch(() => {});
+  const shown = row.getElement(); // in the page if it is near what can be seen
+  if (shown.isConnected) shown.scrollIntoView({ block: "nearest" });
+  else table.scrollToRow(row, "center").catch(() => {});
   show(row);
 }
 

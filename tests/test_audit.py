@@ -663,6 +663,19 @@ def test_the_page_needs_no_mouse(opened, tmp_path):
     assert not tab.is_visible("#overview") and "drop" not in tab.inner_text("#marked")
 
 
+def test_the_keyboard_goes_through_all_chunks_and_the_row_stays_in_sight(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "INLINE_BYTES", 0)
+    audit_files([write_lines(tmp_path / "raw.jsonl", random_records(230))], tmp_path / "audit")
+    tab = opened(tmp_path / "audit")
+    press(tab, *["ArrowDown"] * 205)
+    tab.wait_for_selector(".where:has-text('raw.jsonl:206 flan')")
+    table, row = (
+        tab.locator(selector).bounding_box() for selector in (".tabulator-tableholder", ".tabulator-selected")
+    )
+    assert table["y"] - 1 <= row["y"] and row["y"] + row["height"] <= table["y"] + table["height"] + 1
+    assert tab.inner_text(".answer pre") == "answer 205.0 é"
+
+
 def test_marks_are_loaded_again_and_those_of_another_set_are_not(opened, tmp_path):
     records = random_records(6)
     audit = audit_files([write_lines(tmp_path / "raw.jsonl", records)], tmp_path / "audit")
