@@ -177,7 +177,7 @@ def raw_entry(where: str, value: Any, by: str, seed: int) -> Entry:
             findings.append(("rules differ", f"ratings choose {best.model}, overall_score chooses {other.model}"))
     prompt_id = prompt_id_of(record.instruction)
     for completion in () if isinstance(choice, Drop) else choice:  # binarize.py refuses half of a surrogate pair there
-        f"{record.source}\n{completion.model}\n{completion.response}".encode()
+        "".join((record.source, completion.model, completion.response)).encode()
     return Entry(
         where, record.source, record.instruction, prompt_id, answers, chosen, rejected, findings, disagreement, counts
     )
@@ -201,7 +201,8 @@ def aspects(annotations: dict[str, Any]) -> dict[str, tuple[str, str]]:
     }
 
 
-SCORE_FIELDS = ("score_{}", "{}_score", "{}_rating", "{}-rating", "{}_avg_rating")  # with chosen or rejected in it
+SIDES = ("chosen", "rejected")
+SCORE_FIELDS = ("score_{}", "{}_score", "{}_rating", "{}-rating", "{}_avg_rating")  # with a side in it
 MODEL_FIELDS = ("{}_model", "{}-model")
 
 
@@ -220,7 +221,7 @@ def read_pair_entries(path: Path) -> Iterator[Entry]:
             [next((value[key] for name in names if (key := name.format(side)) in value), None) for side in SIDES]
             for names in (SCORE_FIELDS, MODEL_FIELDS)
         )
-        points = [float(score) if isinstance(score, int | float) else None for score in scores]
+        points = [finite(score) for score in scores]
         answers = [
             Answer(text(model), response, point, None, {}, "")
             for model, response, point in zip(models, (row.chosen, row.rejected), points, strict=True)
@@ -232,7 +233,11 @@ def read_pair_entries(path: Path) -> Iterator[Entry]:
         yield Entry(where, source, prompt, prompt_id_of(instruction), answers, 0, 1, findings, None, Counter())
 
 
-SIDES = ("chosen", "rejected")
+def finite(score: Any) -> float | None:
+    """A score that can be compared and shown. Files of pairs hold anything there, and train.py reads none of it."""
+    number = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < 1e9
+    return float(score) if number else None
+
 
 # ---- findings within a record: functions that return [(reason, detail)] ----------------------------------------------
 
@@ -369,7 +374,7 @@ class Benchmarks:
         self.places: dict[tuple[str, ...], list[tuple[int, int]]] = defaultdict(list)  # 8-gram -> (question, position)
         self.short: dict[tuple[str, ...], int] = {}
         for where, value in read_json(paths):
-            found = next((value[key] for key in QUESTION_FIELDS if key in value), None) if is_object(value) else None
+            found = next((value[key] for key in QUESTION_FIELDS if isinstance(value, dict) and key in value), None)
             for question in found if isinstance(found, list) and found else [found]:
                 if not isinstance(question, str):
                     wanted = ", ".join(QUESTION_FIELDS)
@@ -395,10 +400,6 @@ class Benchmarks:
             for question, share in sorted(shares.items())
             if share > 0.5
         ]
-
-
-def is_object(value: Any) -> bool:
-    return isinstance(value, dict)
 
 
 # ---- the audit ------------------------------------------------------------------------------------------------------
@@ -498,19 +499,11 @@ class Audit:
             ]
             for name, c in sorted(self.models.items(), key=lambda item: -item[1]["answers"])
         ]  # fmt: skip
-        scores = ["mean rating", "overall_score"]
-        source = [
-            "source",
-            "records",
-            "pairs",
-            "chosen longer",
-            "chosen chars",
-            "rejected chars",
-            "rules differ",
-            *scores,
+        scores, lengths = ["mean rating", "overall_score"], ["chosen longer", "chosen chars", "rejected chars"]
+        return [
+            (["source", "records", "pairs", *lengths, "rules differ", *scores], by_source),
+            (["model", "answers", *scores, "chosen", "rejected", "mean chars"], by_model),
         ]
-        model = ["model", "answers", *scores, "chosen", "rejected", "mean chars"]
-        return [(source, by_source), (model, by_model)]
 
     def counted(self) -> list[tuple[str, int, int]]:
         """(name, count, the count that it is a share of), as in binarize.py's table."""
@@ -617,7 +610,9 @@ def write_findings(path: Path, audit: Audit) -> None:
 
 def for_script(value: Any) -> str:
     """JSON that may stand in a <script>, whatever the texts hold: ASCII, and without the characters that end a tag."""
-    return re.sub("[<>&]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, separators=(",", ":")))
+    return re.sub(
+        "[<>&]", lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, separators=(",", ":"), allow_nan=False)
+    )
 
 
 def write_page(folder: Path, audit: Audit) -> None:

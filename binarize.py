@@ -499,7 +499,9 @@ class Marks:
             if first.where != where:
                 raise ValueError(f"{where}: marks the same pair as {first.where}; keep one of the two")
 
-    def apply(self, record: Record, choice: tuple[Completion, Completion] | Drop) -> tuple[str, Any]:
+    def apply(
+        self, record: Record, choice: tuple[Completion, Completion] | Drop
+    ) -> tuple[str, tuple[Completion, Completion] | Drop]:
         """(mark or "", the choice after it). A mark that names a pair comes before one that names the prompt only."""
         prompt_id = prompt_id_of(record.instruction)
         pair = "" if isinstance(choice, Drop) else pair_id(prompt_id, *(answer.response for answer in choice))
@@ -509,9 +511,12 @@ class Marks:
         self.used.add(mark)
         if mark.mark == "drop":
             return mark.mark, Drop.MARKED
-        if mark.mark == "flip" and isinstance(choice, Drop):
+        if mark.mark != "flip":
+            return mark.mark, choice
+        if isinstance(choice, Drop):
             raise ValueError(f"{mark.where} flips its pair, but the record makes none: {choice}")
-        return mark.mark, choice[::-1] if mark.mark == "flip" else choice
+        chosen, rejected = choice
+        return mark.mark, (rejected, chosen)
 
     def refuse_unused(self) -> None:
         if left := [mark for mark in self.found.values() if mark not in self.used]:

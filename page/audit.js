@@ -144,7 +144,7 @@ function countOf(field, divide = (value) => [value]) {
 
 const reasonCounts = countOf("reasons", (reasons) => reasons.split("; ")).filter(([reason]) => reason);
 const same = (wanted, value) => value === (wanted === "(none)" ? "" : wanted);
-const hasReason = (wanted, value) => value === wanted || `; ${value}; `.includes(`; ${wanted}; `);
+const hasReason = (wanted, value) => value.includes(wanted) && `; ${value}; `.includes(`; ${wanted}; `);
 const hasMark = (wanted, _, entry) => (marks.get(key(entry))?.mark ?? "(none)") === wanted;
 
 // "3", "<2.5", ">=4", "1..2"; what is none of these lets all rows through.
@@ -370,10 +370,11 @@ function overview() {
   );
 }
 
-function showFirst(rows) {
-  byId("shown").textContent = `${rows.length.toLocaleString("en")} of ${data.length.toLocaleString("en")} records`;
-  if (current && rows.some((row) => row.getData().n === current.getData().n)) return;
-  if (rows.length) show(rows[0]);
+// After every filter: how many rows are left, and the first of them, unless the record that is shown is among them.
+function showFirst() {
+  byId("shown").textContent = `${table.getDataCount("active").toLocaleString("en")} of ${data.length.toLocaleString("en")} records`;
+  const first = current?.getPosition() ? null : table.getRowFromPosition(1);
+  if (first) show(first);
 }
 
 table.on("tableBuilt", () => {
@@ -388,8 +389,8 @@ table.on("tableBuilt", () => {
   }
   overview();
   countMarks();
-  showFirst(table.getRows("active"));
-  table.on("dataFiltered", (_, rows) => showFirst(rows));
+  showFirst();
+  table.on("renderComplete", showFirst); // not dataFiltered, which makes an object for every row that is left
   document.documentElement.dataset.ready = String(Math.round(performance.now()));
 });
 table.on("rowClick", (_, row) => show(row));

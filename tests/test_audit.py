@@ -288,6 +288,13 @@ def test_pairs_are_audited_in_every_shape_and_it_says_so(shape, tmp_path, capsys
     assert re.search(r"^flan +1 +1 +0.0%", out, re.M) and re.search(r"^y +1 +3.50 ", out, re.M)
 
 
+def test_scores_that_are_no_numbers_are_left_out(tmp_path):
+    scores = [float("nan"), float("inf"), True, "3", 10**400, None, 2]
+    rows = [{"chosen_response": A, "rejected_response": B, "instruction": "p", "chosen_avg_rating": s} for s in scores]
+    audit = audit_files([write_lines(tmp_path / "pairs.jsonl", rows)], tmp_path / "audit")
+    assert [row[6] for row in audit.rows] == [None] * 6 + [2.0]
+
+
 def test_marks_made_on_binarizes_pairs_fit_the_raw_records(tmp_path):
     raw = write_lines(tmp_path / "raw.jsonl", random_records(30))
     binarize.binarize_files([raw], tmp_path / "pairs.jsonl")
@@ -665,15 +672,16 @@ def test_the_page_needs_no_mouse(opened, tmp_path):
 
 def test_the_keyboard_goes_through_all_chunks_and_the_row_stays_in_sight(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "INLINE_BYTES", 0)
-    audit_files([write_lines(tmp_path / "raw.jsonl", random_records(230))], tmp_path / "audit")
+    monkeypatch.setattr(script, "CHUNK", 20)
+    audit_files([write_lines(tmp_path / "raw.jsonl", random_records(50))], tmp_path / "audit")
     tab = opened(tmp_path / "audit")
-    press(tab, *["ArrowDown"] * 205)
-    tab.wait_for_selector(".where:has-text('raw.jsonl:206 flan')")
+    press(tab, *["ArrowDown"] * 45)
+    tab.wait_for_selector(".where:has-text('raw.jsonl:46 flan')")
     table, row = (
         tab.locator(selector).bounding_box() for selector in (".tabulator-tableholder", ".tabulator-selected")
     )
     assert table["y"] - 1 <= row["y"] and row["y"] + row["height"] <= table["y"] + table["height"] + 1
-    assert tab.inner_text(".answer pre") == "answer 205.0 é"
+    assert tab.inner_text(".answer pre") == "answer 45.0 é"
 
 
 def test_marks_are_loaded_again_and_those_of_another_set_are_not(opened, tmp_path):
