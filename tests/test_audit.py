@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ from audit import Benchmarks, Heldout, audit_files, jaccard, main, ngrams, ranks
 from notus import demo
 
 ROOT = Path(__file__).parent.parent
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def run(*arguments):
@@ -547,11 +548,11 @@ def test_a_terminal_gets_no_control_characters(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    if not CHROMIUM.exists():
+    if CHROMIUM is None:
         pytest.skip("needs Chromium: apt-get install chromium")
     flags = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
     with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=str(CHROMIUM), args=flags)
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         yield chromium
         chromium.close()
 
