@@ -737,10 +737,10 @@ BAD = {
     "no such TOML": (lambda d: (d / "run.toml").unlink(), [], "run.toml: cannot be read: No such file"),
     "no config.json": (lambda d: (d / "base" / "config.json").unlink(), [], "config.json: no such file"),
     "malformed config.json": (lambda d: (d / "base" / "config.json").write_text("{"), [], "config.json:1: not JSON"),
-    "not Mistral": (
-        lambda d: change_json(d / "base" / "config.json", model_type="llama"),
+    "not of a known family": (
+        lambda d: change_json(d / "base" / "config.json", model_type="mixtral"),
         [],
-        "config.json: model_type is 'llama'; this model needs 'mistral'",
+        "config.json: model_type is 'mixtral'; supported are mistral, llama, qwen2, qwen3 (the nearest is mistral)",
     ),
     "no weights": (lambda d: (d / "base" / "model.safetensors").unlink(), [], "base: no weights in safetensors format"),
     "missing tensor": (lambda d: change_weights(d, lambda t: t.pop(NORM)), [], f"1 missing tensors, e.g. {NORM}"),
