@@ -46,7 +46,8 @@ TYPES: dict[str, tuple[type, ...]] = {
     "bos_token_id": (int, NoneType), "eos_token_id": (int, list, NoneType), "pad_token_id": (int, NoneType),
     "max_position_embeddings": (int,), "attention_dropout": (int, float, NoneType), "architectures": (list, NoneType),
     "hidden_act": (str,), "initializer_range": (float,), "rms_norm_eps": (float,), "use_sliding_window": (bool,),
-    "sliding_window": (int, NoneType), "max_window_layers": (int,),
+    "sliding_window": (int, NoneType), "max_window_layers": (int,), "pretraining_tp": (int, NoneType),
+    "attention_bias": (bool,), "mlp_bias": (bool,),
 }  # fmt: skip
 
 
@@ -105,8 +106,10 @@ class MistralConfig:
             raise ValueError(
                 f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value_heads}"
             )
-        head_dim = hidden_size // heads if raw.get("head_dim") is None else number("head_dim")
-        if hidden_size % heads and (family == "llama" or raw.get("head_dim") is None):
+        # null is an absent head_dim, except in a Qwen's config.json, which transformers does not load then.
+        own = "head_dim" in raw if family.startswith("qwen") else raw.get("head_dim") is not None
+        head_dim = number("head_dim") if own else hidden_size // heads
+        if hidden_size % heads and (family == "llama" or not own):
             raise ValueError(
                 f"{path}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}, as it must be in "
                 "a llama or where there is no head_dim"
@@ -194,8 +197,7 @@ def _rope(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{path}: {name} is {rope!r:.80}; it must be an object or null")
         kind = "llama3" if "llama3" in (rope.get("rope_type"), rope.get("type")) else "default"
         own = Llama3Rope._fields if kind == "llama3" else ()
-        values = [_number(path, f"{name}.{key}", rope.get(key)) for key in own]
-        scalings.add(Llama3Rope._make(values) if own else None)
+        scalings.add(Llama3Rope._make(_number(path, f"{name}.{key}", rope.get(key)) for key in own) if own else None)
         for key, value in rope.items():
             needed = kind if key in ("rope_type", "type") else 1  # 1: a factor that changes nothing
             if key == "rope_theta" and value is not None:

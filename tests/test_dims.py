@@ -88,6 +88,9 @@ def test_what_config_json_leaves_out_or_sets_to_null_is_what_transformers_takes(
             "layer_types is ['full_attention', 'sliding_",
         ),
         ("qwen3", {"attention_bias": True}, "attention_bias is True; this model needs False"),
+        ("qwen2", {"head_dim": None}, "head_dim is missing"),
+        ("llama", {"pretraining_tp": "2"}, "pretraining_tp is '2', which transformers cannot load"),
+        ("llama", {"mlp_bias": 0}, "mlp_bias is 0, which transformers cannot load"),
         ("qwen2", {"use_sliding_window": 1}, "use_sliding_window is 1, which transformers cannot load"),
         ("qwen2", {"sliding_window": "7"}, "sliding_window is '7', which transformers cannot load"),
         (
