@@ -390,6 +390,24 @@ def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "out"
 
 
+CONFIGS = {
+    "llama3": ("llama-3.2-1b", "llama-3.1-tulu-3-8b"), "smollm2": ("smollm2-135m",),
+    "qwen2": ("qwen2.5-0.5b", "qwen2.5-7b"), "qwen3": ("qwen3-0.6b", "qwen3-8b"),
+}  # fmt: skip
+
+
+def test_the_shipped_configs_of_a_family_read_its_template_and_tokenizer(base: Path, finished: Path, tmp_path, capsys):
+    """In a dry run, which checks the frame: no BOS where there is none, no system turn beside the template's own."""
+    for name in CONFIGS[base.name]:
+        data = {"data.train": finished.parent / "train.jsonl", "data.test": "", "data.cache_dir": tmp_path / name}
+        settings = data | {"model.path": base, "train.output_dir": tmp_path / "out", "train.device": "cpu"}
+        words = [f"{key}={value}" for key, value in settings.items()]
+        assert train.main([str(ROOT / "configs" / f"{name}.toml"), "--dry-run", *words]) == 0, name
+        report = capsys.readouterr().out
+        assert "4 pairs of 4 rows" in report
+        assert "system prompt of its own" not in report and "system turn" not in report
+
+
 def test_a_run_is_a_plain_loop_over_transformers_for_every_family(base: Path, finished: Path):
     """transformers' model, tokenizer and template, a second model as the reference, and torch's AdamW."""
     oracle, policy, reference = oracle_of(base), hf_load(base).train(), hf_load(base)
