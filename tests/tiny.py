@@ -45,14 +45,15 @@ def tiny_config(**overrides) -> MistralConfig:
 
 
 def tiny_model(config: MistralConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Mistral:
-    """Random weights, the same for every dtype. The norms' are spread around 1, so that forgetting one shows."""
+    """Random weights, the same for every dtype. Norms are spread around 1 and biases around 0, so that forgetting one
+    shows."""
     model = Mistral(config)
     model.initialize(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5, generator=generator)
+                parameter.uniform_(*((-0.2, 0.2) if name.endswith("bias") else (0.5, 1.5)), generator=generator)
     return model.to(dtype)
 
 
