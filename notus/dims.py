@@ -47,7 +47,7 @@ TYPES: dict[str, tuple[type, ...]] = {
     "max_position_embeddings": (int,), "attention_dropout": (int, float, NoneType), "architectures": (list, NoneType),
     "hidden_act": (str,), "initializer_range": (float,), "rms_norm_eps": (float,), "use_sliding_window": (bool,),
     "sliding_window": (int, NoneType), "max_window_layers": (int,), "pretraining_tp": (int, NoneType),
-    "attention_bias": (bool,), "mlp_bias": (bool,),
+    "attention_bias": (bool,), "mlp_bias": (bool,), "tie_word_embeddings": (bool,),
 }  # fmt: skip
 
 
@@ -93,7 +93,7 @@ class MistralConfig:
         raw = read_json(path)
         family = _check_architecture(path, raw)
         defaults, fields = FAMILIES[family]
-        raw = defaults | raw
+        raw = defaults | raw  # a null stays: it means as many key/value heads as query heads, and no window
 
         def number(name: str) -> Any:
             return _number(path, name, raw.get(name, NUMBERS[name][2]))
@@ -101,11 +101,9 @@ class MistralConfig:
         numbers = ("vocab_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps", "initializer_range")
         values = {name: number(name) for name in numbers}
         heads, hidden_size = number("num_attention_heads"), number("hidden_size")
-        key_value_heads = heads if raw.get("num_key_value_heads") is None else number("num_key_value_heads")
-        if heads % key_value_heads:
-            raise ValueError(
-                f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value_heads}"
-            )
+        kv_heads = heads if raw.get("num_key_value_heads") is None else number("num_key_value_heads")
+        if heads % kv_heads:
+            raise ValueError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         # null is an absent head_dim, except in a Qwen's config.json, which transformers does not load then.
         own = "head_dim" in raw if family.startswith("qwen") else raw.get("head_dim") is not None
         head_dim = number("head_dim") if own else hidden_size // heads
@@ -119,7 +117,7 @@ class MistralConfig:
         dims = cls(
             hidden_size=hidden_size,
             num_attention_heads=heads,
-            num_key_value_heads=key_value_heads,
+            num_key_value_heads=kv_heads,
             head_dim=head_dim,
             sliding_window=_window(path, raw, family),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
@@ -162,9 +160,6 @@ def _check_architecture(path: Path, raw: dict[str, Any]) -> str:
                 f"{path}: has a {name}, so the weights are quantized and cannot be trained here. Use the unquantized "
                 "model that they were made from"
             )
-    tied = raw.get("tie_word_embeddings", False)
-    if type(tied) is not bool:
-        raise ValueError(f"{path}: tie_word_embeddings is {tied!r:.80}; it must be true or false")
     return str(family)
 
 
