@@ -630,12 +630,14 @@ def right_pairs(_words: list[str]) -> None:
 
 def right_dims(_words: list[str]) -> None:
     raw, ours = strict_json("base/config.json"), asdict(read_base("base").dims)
+    own = {name: ours.pop(name) for name in ("qkv_bias", "qk_norm", "rope_scaling")}
     theirs = MistralConfig(**weights.exported_config(raw, torch.float32)).to_dict()
     theirs["rope_theta"] = theirs["rope_parameters"]["rope_theta"]
     theirs["head_dim"] = theirs["head_dim"] or theirs["hidden_size"] // theirs["num_attention_heads"]
     assert ours == {name: theirs[name] for name in ours}
     assert (theirs["model_type"], theirs["hidden_act"]) == ("mistral", "silu") and not theirs.get("attention_bias")
     assert theirs["rope_parameters"]["rope_type"] == "default" and not raw.get("quantization_config")
+    assert not any(own.values())
 
 
 def right_weights(_words: list[str]) -> None:

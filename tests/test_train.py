@@ -737,10 +737,10 @@ BAD = {
     "no such TOML": (lambda d: (d / "run.toml").unlink(), [], "run.toml: cannot be read: No such file"),
     "no config.json": (lambda d: (d / "base" / "config.json").unlink(), [], "config.json: no such file"),
     "malformed config.json": (lambda d: (d / "base" / "config.json").write_text("{"), [], "config.json:1: not JSON"),
-    "not Mistral": (
-        lambda d: change_json(d / "base" / "config.json", model_type="llama"),
+    "not of a known family": (
+        lambda d: change_json(d / "base" / "config.json", model_type="mixtral"),
         [],
-        "config.json: model_type is 'llama'; this model needs 'mistral'",
+        "config.json: model_type is 'mixtral'; supported are mistral, llama, qwen2, qwen3 (the nearest is mistral)",
     ),
     "no weights": (lambda d: (d / "base" / "model.safetensors").unlink(), [], "base: no weights in safetensors format"),
     "missing tensor": (lambda d: change_weights(d, lambda t: t.pop(NORM)), [], f"1 missing tensors, e.g. {NORM}"),
@@ -886,7 +886,8 @@ def test_dry_run_needs_no_weights_and_says_what_the_run_costs(
     monkeypatch.setattr(base_module, "load_weights", lambda *_: pytest.fail("weights were read"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     data = [f"data.{name}={world_dir / name}.jsonl" for name in ("train", "test")]
-    assert train.main([str(path), "--dry-run", f"model.path={seven_b}", "data.cache_dir=tokens", *data]) == 0
+    words = [f"model.path={seven_b}", "data.cache_dir=tokens", "data.bos=true", "data.insert_system=true", *data]
+    assert train.main([str(path), "--dry-run", *words]) == 0
     report = capsys.readouterr().out
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB; the weights: 28,000,000
     assert [p.name for p in tmp_path.iterdir()] == ["tokens"]  # so that the run itself starts at once
