@@ -209,10 +209,11 @@ def causal(_layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Ten
 
 def kept_on_cpu(config: MistralConfig, dtype: torch.dtype, level: str, lora: LoRA | None = None) -> int:
     """`activation_bytes`, and what the CPU keeps beyond that: its RMSNorm is made of plain operations, which keep two
-    float32 rows, the input made wide and the normalized one, where the GPU's kernel keeps the input as it is."""
-    heads = config.num_attention_heads + config.num_key_value_heads
-    numbers = 2 * config.hidden_size + config.qk_norm * heads * config.head_dim
-    norms = numbers * (4 + 4 - dtype.itemsize) if level == "none" else 0
+    float32 rows, the input made wide and the normalized one, where the GPU's kernel keeps the input as it is. Nothing
+    needs the normalized one of Qwen 3's head norms if they are frozen."""
+    of_heads = config.qk_norm * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    norms = 2 * config.hidden_size * (4 + 4 - dtype.itemsize) + of_heads * ((0 if lora else 4) + 4 - dtype.itemsize)
+    norms = norms if level == "none" else 0
     return activation_bytes(config, dtype, level, False, lora) + norms
 
 
