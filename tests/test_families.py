@@ -34,6 +34,7 @@ from notus import generate
 from notus.base import Frame, load_model, read_base
 from notus.cost import num_parameters
 from notus.dims import FAMILIES, Llama3Rope, MistralConfig
+from notus.lora import TARGETS, LoRA, add_lora, initialize, lora_layers, peft_config
 from notus.model import Mistral, pair_logps, rotary_table
 from notus.packing import pack_pairs
 from notus.weights import export, load_weights, meta_model
@@ -482,3 +483,30 @@ def test_an_untrained_export_is_the_base_byte_for_byte_for_every_family(tmp_path
     with torch.no_grad():
         ours, theirs = logits_of(model, ids), hf_load(tmp_path / "out")(ids[None]).logits[0]
     assert worst({"": ours}, {"": theirs}) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_is_pefts_for_every_family_as_an_adapter_and_merged(tmp_path: Path, family: str):
+    """The biases of Qwen 2 and the norms of Qwen 3 are frozen, and stay in the merged model."""
+    import peft
+
+    config, lora = tiny_config(hidden_size=24, **FAMILIES[family][1]), LoRA(3, 16.0, TARGETS)
+    base = save_checkpoint(tiny_model(config), tmp_path / "base", family=family)
+    (base / "tokenizer.json").write_text("{}")
+    model = tiny_model(config, dtype=torch.float32)
+    add_lora(model, lora, torch.float32)
+    initialize(model, 0)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():  # as if it had learned something
+            layer.lora_b.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(0))
+    adapter = peft_config(lora, str(base))
+    export(model, base, tmp_path / "adapter", torch.float32, "card", eos_id=2, adapter=adapter)
+    export(model, base, tmp_path / "merged", torch.float32, "card", eos_id=2)
+    ids = torch.arange(3, 40)
+    with torch.no_grad():
+        ours, plain = logits_of(model, ids), hf_load(base)(ids[None]).logits[0]
+        theirs = peft.PeftModel.from_pretrained(hf_load(base), tmp_path / "adapter").eval()(ids[None]).logits[0]
+        merged = hf_load(tmp_path / "merged")(ids[None]).logits[0]
+    assert worst({"": ours}, {"": theirs}) < 1e-5
+    assert worst({"": ours}, {"": merged}) < 1e-5
+    assert worst({"": ours}, {"": plain}) > 0.01
