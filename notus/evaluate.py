@@ -2,11 +2,25 @@
 
     python -m notus.evaluate exact-match --model BASE --model TRAINED --prompts questions.jsonl
     python -m notus.evaluate preferences --model TRAINED --base BASE --data test.jsonl
+    python -m notus.evaluate alpaca --model TRAINED --questions alpaca_eval.json --output model_outputs.json
+    python -m notus.evaluate mtbench --model TRAINED --questions question.jsonl --model-id notus --output notus.jsonl
+    python -m notus.evaluate pairwise BASE.json TRAINED.json --judge URL --judge-model NAME --output verdicts.jsonl
+    python -m notus.evaluate winrate annotations.json
 
 exact-match     rows are {"instruction": "...", "correct_answers": ["...", ...]}, UltraFeedback's names. The share of
                 prompts whose greedy answer is a correct one, spaces around it aside; and some answers side by side
 preferences     any file that train.py reads; with --test-size, only the rows that data.test_size held out of it. What
-                training logs as eval_loss and eval_rewards/*
+                training logs as eval_loss and eval_rewards/*. --by subset: accuracy by that key of the rows, and the
+                sections of RewardBench if the subsets are its own
+alpaca          the answers to AlpacaEval's questions, in the file that alpaca_eval reads
+mtbench         the answers to MT-Bench's questions in two turns, in the file that FastChat's judge reads
+pairwise        two files of alpaca's before a judge, in both orders: win rate, interval, length-controlled win rate
+winrate         AlpacaEval's win rate and standard error, from the annotations that it leaves
+
+alpaca and mtbench take a directory as --model, or with --endpoint URL the name of a model on a server that speaks
+OpenAI's chat completions (vLLM, llama.cpp, transformers serve). Each answer is kept as soon as it is known, in the
+output's name with .progress behind it. After an interruption the same command asks for the rest. The environment's
+OPENAI_API_KEY is sent to the server if it is set.
 
 Models are read one after another: there is never more than one in memory.
 """
@@ -25,10 +39,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from notus.base import Base, Frame, load_model, read_base
+from notus import judge, outputs
+from notus.answers import Checkpoint, Request, Source
+from notus.base import Base, Frame, load_model, read_base, read_frame
 from notus.distributed import World, sum_over_ranks
+from notus.endpoint import Server
 from notus.files import sentence, write_atomically
-from notus.generate import choose_frame, generate, model_arguments, place
+from notus.generate import choose_frame, model_arguments, place
 from notus.losses import METRICS, dpo_loss, preference_metrics
 from notus.model import Mistral
 from notus.reference import score_pairs
@@ -111,16 +128,14 @@ def answer_all(
     max_new_tokens: int, batch_size: int,
 ) -> list[str]:  # fmt: skip
     """Greedy answers, as text. Prompts of similar length are decoded together."""
-    model, encoder = load_model(base, device, dtype), base.encoder(frame)
-    prompts = [encoder.prompt([{"role": "user", "content": question.instruction}]) for question in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    for start in tqdm(range(0, len(order), batch_size), desc=str(base.path), leave=False, disable=None):
-        batch = order[start : start + batch_size]
-        ids = generate(model, [prompts[i] for i in batch], max_new_tokens, base.stop_ids)
-        for i, answer in zip(batch, ids, strict=True):
-            answers[i] = base.tokenizer.decode(answer)
-    return answers
+    requests = [
+        Request(question.where, [{"role": "user", "content": question.instruction}], max_new_tokens)
+        for question in questions
+    ]
+    answers = Checkpoint(base, frame, device, dtype, batch_size).ask(requests)
+    bar = tqdm(answers, total=len(requests), desc=str(base.path), leave=False, disable=None)
+    texts = {i: answer.text for i, answer in bar}
+    return [texts[i] for i in range(len(requests))]
 
 
 def exact_match(
@@ -179,10 +194,11 @@ def score(model: Mistral, pairs: PairSet, budget: int) -> Tensor:
 
 def preferences(
     model: tuple[Base, Frame], reference: Base, data: Sequence[Path], device: torch.device, dtype: torch.dtype,
-    micro_batch_tokens: int = 16384, test_size: float = 0.0,
+    micro_batch_tokens: int = 16384, test_size: float = 0.0, by: str | None = None,
 ) -> list[str]:  # fmt: skip
     """The lines of the report: `model` against `reference`, both in the model's frame, whose lengths and beta are those
-    of the report. Pairs with nothing to tell apart are left out, and counted."""
+    of the report. Pairs with nothing to tell apart are left out, and counted. by: a key of the rows, for the accuracy
+    of each subset."""
     base, frame = model
     pairs, reference_pairs = (
         load_pairs(
@@ -196,12 +212,14 @@ def preferences(
             f"{base.path} and {reference.path} make different tokens of the same pairs: a model can only be compared "
             "with a base that has its tokenizer and chat template"
         )
+    known = read_subsets(data, by) if by else {}
     logps = []
     for each in (base, reference):
         loaded = load_model(each, device, dtype)
         logps.append(score(loaded, pairs, micro_batch_tokens))
         del loaded  # before the next one is read
-    mean = dict(zip(METRICS, pair_metrics(logps[0], logps[1], frame.beta).mean(0).tolist(), strict=True))
+    metrics = pair_metrics(logps[0], logps[1], frame.beta)  # (P, M)
+    mean = dict(zip(METRICS, metrics.mean(0).tolist(), strict=True))
 
     lines = [describe_counts(pairs.counts)]
     explained = {
@@ -213,18 +231,86 @@ def preferences(
     }
     for name, meaning in explained.items():
         lines.append(f"{name:18}  {mean[name]:{'9.1%' if name == 'rewards/accuracies' else '9.4f'}}  {meaning}")
-    return lines
+    accurate = metrics[:, METRICS.index("rewards/accuracies")].numpy()
+    return lines + (judge.by_subset([known[str(where)] for where in pairs.where], accurate, "accuracy") if by else [])
+
+
+def read_subsets(data: Sequence[Path], by: str) -> dict[str, str]:
+    """file:line -> the row's value of the key `by`."""
+    found = {}
+    for path in data:
+        for where, row in read_records(path):
+            if by not in row:
+                raise ValueError(f"{where}: has no {by!r}, by which --by divides the rows; its keys: {', '.join(row)}")
+            found[where] = str(row[by])
+    return found
 
 
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
-def positive(kind: type[float]) -> Callable[[str], float]:
-    """An `argparse` type: a number above 0. (To the type system an int is a float.)"""
+def open_source(
+    model: str, endpoint: str | None, concurrency: int, timeout: float, batch_size: int, device: str, dtype: str,
+    bos: bool | None, system: str | None, no_system: bool,
+) -> Source:  # fmt: skip
+    """What answers: a directory, or a model's name on a server. A server uses the template that it was given. If the
+    name is the directory of a model that notus trained, its system turn is inserted."""
+    if not endpoint:
+        base = read_base(model)
+        return Checkpoint(base, choose_frame(base, bos, system, no_system), *place(device, dtype), batch_size)
+    frame, _ = read_frame(Path(model))
+    if system is None and frame and not no_system:
+        system = frame.system_prompt
+    inserts = "inserts no system turn; --system TEXT does" if system is None else f"inserts the system turn {system!r}"
+    print(f"{endpoint}: note: the server applies its own chat template, and notus {inserts}", file=sys.stderr)
+    return Server(endpoint, model, system, bos, concurrency, timeout)
+
+
+def check_output(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent}: no such directory, so --output cannot be written there")
+    if path.is_dir():
+        raise ValueError(f"{path}: a directory, so --output cannot be written there")
+
+
+def run_alpaca(
+    questions: Path, output: Path, generator: str | None, limit: int | None, max_new_tokens: int, temperature: float,
+    top_p: float, seed: int, **source: Any,
+) -> list[str]:  # fmt: skip
+    check_output(output)
+    rows = outputs.read_instructions(questions, limit)
+    name = generator or source["model"].strip("/").replace("/", "-")
+    if "/" in name:
+        raise ValueError(f"--generator {name}: must not hold a /, because alpaca_eval makes folders by this name")
+    return outputs.alpaca(open_source(**source), rows, name, output, max_new_tokens, temperature, top_p, seed)
+
+
+def run_mtbench(
+    questions: Path, output: Path, model_id: str, limit: int | None, max_new_tokens: int, seed: int, **source: Any
+) -> list[str]:
+    check_output(output)
+    rows = outputs.read_mtbench(questions, limit)
+    return outputs.mtbench(open_source(**source), rows, model_id, output, max_new_tokens, seed)
+
+
+def run_pairwise(
+    first: Path, second: Path, judge_url: str, judge_model: str, output: Path, max_new_tokens: int, seed: int,
+    concurrency: int, timeout: float,
+) -> list[str]:  # fmt: skip
+    check_output(output)
+    server = Server(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
+    judged = judge.judge_pairs(server, first, second, output, max_new_tokens, seed)
+    return [*judge.describe_judged(judged, str(first), str(second)), f"prompts and verdicts: {output}"]
+
+
+def positive(kind: type[float], zero: bool = False, largest: float = sys.float_info.max) -> Callable[[str], float]:
+    """An `argparse` type: a number above 0, or from 0 on. (To the type system an int is a float.)"""
 
     def convert(text: str) -> float:
-        if not 0 < (value := kind(text)) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} must be above 0")
+        value = kind(text)
+        if not (0 < value <= largest or (zero and value == 0)):
+            bounds = "0 or more" if zero else "above 0" if largest > 1 else f"above 0 and at most {largest:g}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
         return value
 
     convert.__name__ = kind.__name__  # for "invalid int value"
@@ -235,8 +321,8 @@ def run_exact_match(
     model: list[Path], prompts: Path, limit: int | None, samples: int, max_new_tokens: int, batch_size: int,
     output: Path | None, device: str, dtype: str, **frame: Any,
 ) -> list[str]:  # fmt: skip
-    if output and not output.parent.is_dir():
-        raise ValueError(f"{output.parent}: no such directory, so --output cannot be written there")
+    if output:
+        check_output(output)
     questions = read_questions(prompts, limit)
     bases = [read_base(path) for path in dict.fromkeys(model)]
     return exact_match(
@@ -246,8 +332,8 @@ def run_exact_match(
 
 
 def run_preferences(
-    model: Path, base: Path, data: list[Path], test_size: float, micro_batch_tokens: int, device: str, dtype: str,
-    bos: bool | None, system: str | None, no_system: bool, **lengths_and_beta: float | None,
+    model: Path, base: Path, data: list[Path], test_size: float, by: str | None, micro_batch_tokens: int, device: str,
+    dtype: str, bos: bool | None, system: str | None, no_system: bool, **lengths_and_beta: float | None,
 ) -> list[str]:  # fmt: skip
     policy = read_base(model)
     given: dict[str, Any] = {name: value for name, value in lengths_and_beta.items() if value is not None}
@@ -255,13 +341,13 @@ def run_preferences(
     if frame.max_prompt_length >= frame.max_length:
         raise ValueError(f"--max-prompt-length {frame.max_prompt_length} must be below --max-length {frame.max_length}")
     where = place(device, dtype)
-    return preferences((policy, frame), read_base(base), data, *where, micro_batch_tokens, test_size)
+    return preferences((policy, frame), read_base(base), data, *where, micro_batch_tokens, test_size, by)
 
 
 def main(argv: list[str] | None = None) -> int:
     about: dict[str, Any] = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog="python -m notus.evaluate", **about)
-    commands = parser.add_subparsers(required=True, metavar="{exact-match,preferences}")
+    commands = parser.add_subparsers(required=True, metavar="{exact-match,preferences,alpaca,mtbench,pairwise,winrate}")
     common = model_arguments()
 
     command = commands.add_parser(
@@ -299,13 +385,60 @@ def main(argv: list[str] | None = None) -> int:
         "--micro-batch-tokens", type=positive(int), default=16384, metavar="N", help="changes speed and memory only"
     )
 
+    command.add_argument("--by", metavar="KEY", help="the accuracy for each value of this key of the rows, too")
+
+    network = argparse.ArgumentParser(add_help=False)
+    network.add_argument("--concurrency", type=positive(int), default=8, metavar="N", help="requests at once (8)")
+    network.add_argument("--timeout", type=positive(float), default=600.0, metavar="S", help="seconds a reply may take")
+    network.add_argument("--seed", type=int, default=0, help="each question gets a seed of its own from it (0)")
+    asking = argparse.ArgumentParser(add_help=False, parents=[common, network])
+    asking.add_argument("--model", required=True, metavar="DIR|NAME", help="a checkpoint, or the server's name for it")
+    asking.add_argument("--endpoint", metavar="URL", help="ask this server, e.g. http://localhost:8000/v1")
+    asking.add_argument("--questions", type=Path, required=True, metavar="FILE")
+    asking.add_argument("--output", type=Path, required=True, metavar="FILE")
+    asking.add_argument("--limit", type=positive(int), metavar="N", help="use the first N questions only")
+    asking.add_argument(
+        "--batch-size", type=positive(int), default=16, metavar="N", help="prompts decoded at once here (16)"
+    )
+
+    command = commands.add_parser("alpaca", parents=[asking], **about, help="write AlpacaEval's model_outputs.json")
+    command.set_defaults(run=run_alpaca)
+    command.add_argument(
+        "--generator", metavar="NAME", help="the model's name in the file (default: --model, with - for /)"
+    )
+    command.add_argument("--max-new-tokens", type=positive(int), default=2048, metavar="N", help="default: 2048")
+    command.add_argument(
+        "--temperature", type=positive(float, zero=True), default=0.7, metavar="T", help="default: 0.7, as Notus"
+    )
+    command.add_argument("--top-p", type=positive(float, largest=1.0), default=1.0, metavar="P", help="default: 1")
+
+    command = commands.add_parser("mtbench", parents=[asking], **about, help="write FastChat's model_answer file")
+    command.set_defaults(run=run_mtbench)
+    command.add_argument("--model-id", required=True, metavar="NAME", help="the model's name in the file")
+    command.add_argument("--max-new-tokens", type=positive(int), default=1024, metavar="N", help="default: 1024")
+
+    command = commands.add_parser("pairwise", parents=[network], **about, help="two models before a judge")
+    command.set_defaults(run=run_pairwise)
+    command.add_argument("first", type=Path, metavar="A.json", help="model_outputs.json of the base")
+    command.add_argument("second", type=Path, metavar="B.json", help="that of the tuned model; the win rate is its own")
+    command.add_argument("--judge", dest="judge_url", required=True, metavar="URL", help="as --endpoint of alpaca")
+    command.add_argument("--judge-model", required=True, metavar="NAME")
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.jsonl", help="keeps prompts and verdicts; may be resumed"
+    )
+    command.add_argument("--max-new-tokens", type=positive(int), default=2048, metavar="N", help="default: 2048")
+
+    command = commands.add_parser("winrate", **about, help="count AlpacaEval's annotations")
+    command.set_defaults(run=judge.describe_annotations)
+    command.add_argument("path", type=Path, metavar="annotations.json")
+
     arguments = vars(parser.parse_args(argv))
     run: Callable[..., list[str]] = arguments.pop("run")
     try:
         print("\n".join(run(**arguments)))
     except (ValueError, OSError) as error:
         print(f"notus.evaluate: error: {sentence(error)}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, ConnectionError) else 2  # a server failed, or the input is bad
     except KeyboardInterrupt:
         return 130
     return 0

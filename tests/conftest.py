@@ -7,6 +7,7 @@ runs of forked.py.
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -144,3 +145,19 @@ def truth(home: Path) -> Path:
     out = home / "truth"
     forked.finish(out, home, *forked.own_caches(out))
     return out
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable]:
+    """`serve(behave=echo)` starts a server of chat_server.py. All are closed after the test."""
+    from chat_server import Fake, echo  # here: few tests need it
+
+    started: list[Fake] = []
+
+    def start(behave: Callable = echo) -> Fake:
+        started.append(Fake(behave))
+        return started[-1]
+
+    yield start
+    for fake in started:
+        fake.close()

@@ -14,9 +14,14 @@ ORDER = [  # a file imports only from files above it
     "losses",
     *("distributed", "lora", "weights", "base", "cost", "optim", "checkpoint", "metrics", "run", "reference"),
 ]
-LEAVES = ["report", "card", "plan", "generate", "evaluate", "plot", "demo", "explain"]  # only train.py imports them
+LEAVES = [  # only train.py imports them
+    *("report", "card", "plan", "generate", "answers", "endpoint", "outputs", "judge", "evaluate", "plot", "demo"),
+    "explain",
+]
 EXCEPT = {  # of the leaves
-    "report": {"card", "plan", "plot"}, "evaluate": {"generate"}, "explain": {"demo"},
+    "report": {"card", "plan", "plot"}, "explain": {"demo"},
+    "answers": {"generate"}, "endpoint": {"answers"}, "outputs": {"answers"}, "judge": {"answers"},
+    "evaluate": {"generate", "answers", "endpoint", "outputs", "judge"},
 }  # fmt: skip
 
 SOURCES = {path.stem: path for path in sorted((ROOT / "notus").glob("*.py")) if not path.stem.startswith("__")}

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from chat_server import completion, reply
 from conftest import write_mistral_tokenizer
 from tiny import save_checkpoint, tiny_config, tiny_model
 
-from notus.base import Frame, read_base
+from notus.base import Frame, read_base, write_frame
 from notus.evaluate import main, one_line, read_questions
 from notus.model import Mistral
 from notus.tokenizer import load_tokenizer
@@ -147,7 +149,7 @@ def test_bad_questions_name_file_and_line(models, tmp_path, capsys):
 
 
 def test_everything_is_checked_before_a_model_is_read(models, questions, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("notus.evaluate.load_model", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("notus.answers.load_model", lambda *_: pytest.fail("weights were read"))
     first = ("exact-match", "--model", models["says7"])
     for options, message in (
         (["--prompts", tmp_path / "none.jsonl"], "none.jsonl: no such file"),
@@ -287,6 +289,174 @@ def test_preferences_refuse_bad_input_before_a_model_is_read(models, tmp_path, c
         with pytest.raises(SystemExit, match="2"):
             run("preferences", *model, *base, "--data", data, f"--beta={value}")
         assert "--beta" in capsys.readouterr().err
+
+
+def test_preferences_by_subset_and_by_rewardbenchs_sections(models, tmp_path, capsys):
+    """The model prefers 42 to 7 to anything else, so the accuracy of each subset is known."""
+    right, wrong = preference("What is 12 + 30?", "42", "7"), preference("What is 3 + 4?", "7", "42")
+    rows = [right | {"subset": "math-prm"}, wrong | {"subset": "math-prm"}, right | {"subset": "hep-cpp"},
+            right | {"subset": "hep-go"}, wrong | {"subset": "donotanswer"}, right | {"subset": "donotanswer"},
+            right | {"subset": "donotanswer"}, preference("a", "b", "b") | {"subset": "dropped"}]  # fmt: skip
+    data = write_rows(tmp_path / "pairs.jsonl", *rows)
+    command = ("preferences", "--model", models["says42"], "--base", models["uniform"], "--data", data)
+    assert run(*command) == 0
+    plain = capsys.readouterr().out
+    assert run(*command, "--by", "subset") == 0
+    report = capsys.readouterr().out
+    assert report.startswith(plain)
+    assert report.removeprefix(plain).splitlines() == [
+        "accuracy by subset",
+        "  donotanswer              66.7%  of 3",
+        "  hep-cpp                 100.0%  of 1",
+        "  hep-go                  100.0%  of 1",
+        "  math-prm                 50.0%  of 2",
+        "accuracy by section",
+        "  Safety                   66.7%",
+        "  Reasoning                75.0%",
+    ]
+    assert run(*command, "--by", "source") == 2
+    assert f"{data}:1: has no 'source', by which --by divides the rows; its keys: chosen" in capsys.readouterr().err
+
+
+# --- alpaca, mtbench, pairwise, winrate ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(tmp_path) -> Path:
+    rows = [{"instruction": "What is 12 + 30?", "dataset": "koala"}, {"instruction": "And what is 3 + 4?"}]
+    return write_rows(tmp_path / "asked.jsonl", *rows)
+
+
+def test_alpaca_asks_a_checkpoint(models, asked, tmp_path, capsys):
+    output = tmp_path / "model_outputs.json"
+    assert run("alpaca", "--model", models["says42"], "--questions", asked, "--output", output, "--temperature", 0) == 0
+    assert [row["output"] for row in json.loads(output.read_text())] == ["42", "42"]
+    assert {row["generator"] for row in json.loads(output.read_text())} == {str(models["says42"])[1:].replace("/", "-")}
+    assert capsys.readouterr().out == f"{output}: 2 answers, 0 cut at the limit of new tokens, 0 empty\n"
+
+
+def test_alpaca_asks_a_server_and_mtbench_twice(serve, asked, tmp_path, capsys):
+    server, output = serve(), tmp_path / "out.json"
+    command = ("alpaca", "--endpoint", server.url, "--model", "served", "--questions", asked, "--output", output)
+    assert (
+        main([*map(str, command), "--generator", "notus", "--limit", "1", "--top-p", "0.9", "--system", "Be brief."])
+        == 0
+    )
+    assert json.loads(output.read_text()) == [
+        {
+            "instruction": "What is 12 + 30?",
+            "output": "You said What is 12 + 30?",
+            "generator": "notus",
+            "dataset": "koala",
+        }
+    ]
+    (body,) = server.bodies
+    assert (body["model"], body["max_tokens"], body["temperature"], body["top_p"]) == ("served", 2048, 0.7, 0.9)
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert "inserts the system turn 'Be brief.'" in capsys.readouterr().err
+
+    questions = write_rows(tmp_path / "q.jsonl", {"question_id": 81, "category": "stem", "turns": ["a", "b"]})
+    command = ("mtbench", "--endpoint", server.url, "--model", "served", "--questions", questions, "--output",
+               tmp_path / "served.jsonl", "--model-id", "notus")  # fmt: skip
+    assert main([*map(str, command)]) == 0
+    (row,) = (json.loads(line) for line in (tmp_path / "served.jsonl").read_text().splitlines())
+    assert row["choices"][0]["turns"] == ["You said a", "You said b"] and row["model_id"] == "notus"
+    assert [message["content"] for message in server.bodies[-1]["messages"]] == ["a", "You said a", "b"]
+    assert server.bodies[-1]["temperature"] == 0.1
+    assert "inserts no system turn" in capsys.readouterr().err
+
+
+def test_a_server_gets_the_trained_system_turn_where_its_model_is_a_directory_here(serve, asked, tmp_path, models):
+    trained = tmp_path / "trained"
+    shutil.copytree(models["uniform"], trained)
+    write_frame(Frame(system_prompt=""), trained)
+    for number, (options, first) in enumerate((([], "system"), (["--no-system"], "user"))):
+        server = serve()
+        command = ("alpaca", "--endpoint", server.url, "--model", trained, "--questions", asked, "--output",
+                   tmp_path / f"{number}.json", *options)  # fmt: skip
+        assert main([*map(str, command)]) == 0
+        assert server.bodies[0]["messages"][0]["role"] == first
+
+
+def test_pairwise(serve, tmp_path, capsys):
+    """A server that prefers the answer with more letters."""
+
+    def judge(handler, body, _):
+        text = body["messages"][1]["content"]
+        a, b = (text.split(f"Assistant {name}'s Answer]\n")[1].split("\n")[0] for name in "AB")
+        reply(handler, completion(f"[[{'A' if len(a) > len(b) else 'B'}]]"))
+
+    server = serve(judge)
+    for name, texts in (("a", ["x", "xxxx", "x"]), ("b", ["xx", "xx", "xx"])):
+        rows = [{"instruction": f"q{i}", "output": text} for i, text in enumerate(texts)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    verdicts = tmp_path / "verdicts.jsonl"
+    command = ("pairwise", tmp_path / "a.json", tmp_path / "b.json", "--judge", server.url, "--judge-model", "j",
+               "--output", verdicts)  # fmt: skip
+    for _ in range(2):  # the second time nothing is asked
+        assert main([*map(str, command)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].startswith("win rate            66.7%  95 % interval 0.0% to 100.0%")
+        assert lines[-1] == f"prompts and verdicts: {verdicts}"
+        assert len(server.bodies) == 6 and server.bodies[0]["max_tokens"] == 2048
+
+
+def test_winrate(tmp_path, capsys):
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps([{"preference": value} for value in [2] * 735 + [1] * 69 + [None]]))
+    assert main(["winrate", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        "win rate        91.41791044776119 %",
+        "standard error  0.9884492893847528 %",
+    ]
+
+
+def test_a_server_that_fails_is_exit_code_1(serve, asked, tmp_path, capsys):
+    server = serve(lambda handler, *_: reply(handler, b"no such model", 404))
+    command = (
+        "alpaca",
+        "--endpoint",
+        server.url,
+        "--model",
+        "m",
+        "--questions",
+        asked,
+        "--output",
+        tmp_path / "o.json",
+    )
+    assert main([*map(str, command)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"notus.evaluate: error: {server.url}/chat/completions: question ")
+    assert "HTTP 404 Not Found: no such model (tries: 1)" in error and not (tmp_path / "o.json").exists()
+
+
+def test_bad_input_is_refused_before_anyone_is_asked(serve, models, asked, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("notus.answers.load_model", lambda *_: pytest.fail("weights were read"))
+    server, empty, good = serve(), write_rows(tmp_path / "empty"), tmp_path / "a.json"
+    good.write_text('[{"instruction": "q", "output": "a"}]')
+    first = ("alpaca", "--model", models["uniform"], "--output", tmp_path / "o.json")
+    judged = ("pairwise", good, "--judge", server.url, "--judge-model", "j", "--output", tmp_path / "v")
+    for command, message in (
+        ([*first, "--questions", empty], "no questions in it"),
+        ([*first, "--questions", tmp_path / "none"], "none: no such file"),
+        ([*first, "--questions", asked, "--output", tmp_path / "nowhere" / "o.json"], "nowhere: no such directory"),
+        ([*first, "--questions", asked, "--output", tmp_path], "a directory, so --output"),
+        ([*first, "--questions", asked, "--model", tmp_path / "nowhere"], "nowhere: no such folder"),
+        ([*first, "--questions", asked, "--endpoint", "localhost:8000"], "begins with http:// or https://"),
+        ([*first, "--questions", asked, "--generator", "a/b"], "--generator a/b: must not hold a /"),
+        ([*judged, empty], "no answers in it"),
+        ([*judged, tmp_path / "none"], "none: no such file"),
+        (["winrate", empty], "no row has a preference"),
+    ):
+        assert main([*map(str, command)]) == 2
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
+    for option, value in (("--temperature", "-1"), ("--top-p", "0"), ("--top-p", "1.1"), ("--concurrency", "0"),
+                          ("--timeout", "nan")):  # fmt: skip
+        with pytest.raises(SystemExit, match="2"):
+            main([*map(str, first), "--questions", str(asked), f"{option}={value}"])
+        assert option in capsys.readouterr().err
+    assert not server.bodies
 
 
 def test_it_runs_as_a_module():
