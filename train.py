@@ -7,9 +7,9 @@ There is no Trainer. `train` is the order of things: the policy, its reference, 
 `main` reads and checks what a user can get wrong before any weight is loaded. Rerun the same command to resume an
 unfinished run. Without arguments configs/demo.toml is used, for which `python -m notus.demo` makes data and a base.
 
-What was deleted from DPO as others run it: the second model (the reference is the policy before its first step, scored
-once and cached), padding (a micro-batch is one stream of tokens, see packing.py), and the (tokens, vocabulary) matrix
-of logits (only answer tokens meet the head, in chunks, see logprobs.py).
+What was deleted from DPO as others run it: the second model (the reference is the policy before its first step, or
+another model, scored once and cached), padding (a micro-batch is one stream of tokens, see packing.py), and the
+(tokens, vocabulary) matrix of logits (only answer tokens meet the head, in chunks, see logprobs.py).
 
 Legend: P pairs of a micro-batch, M metrics.
 """
@@ -29,7 +29,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from typing import NamedTuple
 
@@ -39,7 +38,7 @@ from torch import Tensor
 
 from notus import distributed, report
 from notus.base import load_sharded
-from notus.cost import forward_flops
+from notus.cost import training_flops
 from notus.evaluate import held_out_metrics
 from notus.losses import METRICS, dpo_loss, preference_metrics
 from notus.metrics import Log, lasting_console
@@ -94,36 +93,48 @@ def train_step(
 
 
 def train(config: Config, inputs: Inputs, world: distributed.World, run: Run) -> None:
-    setup, dpo, pairs = config.train, config.dpo, inputs.train
+    setup, pairs = config.train, inputs.train
+    loss = {"beta": config.dpo.beta, "label_smoothing": config.dpo.label_smoothing}
     started, first_step, total_steps = time.monotonic(), run.first_step, run.facts["steps"]
     warmup_steps, dtype = math.ceil(setup.warmup_ratio * total_steps), getattr(torch, setup.compute_dtype)
     world.say(report.banner(run.facts, inputs, world, [*inputs.notes, *run.disk_notes(inputs)], first_step))
 
-    # The policy, in shards of float32: at a learning rate of 5e-7 bfloat16 weights would hardly move.
+    # The policy: what is trained is float32, because at a learning rate of 5e-7 bfloat16 weights would hardly move.
     level, offload = recomputation(config, inputs, world), config.distributed.cpu_offload
-    model = load_sharded(inputs.base, world, dtype, offload, level, setup.compile)
+    policy = partial(
+        load_sharded, inputs.base, world, dtype, offload, level, setup.compile, lora=run.lora, seed=setup.seed
+    )
 
-    # The reference is the policy itself before its first step, so it is scored before any checkpoint is loaded.
+    # The reference is the policy itself before its first step (with LoRA, B = 0), so it is scored before any checkpoint
+    # is loaded. Another model, by dpo.reference, is scored and gone before the policy is loaded.
+    same = inputs.reference.dims == inputs.base.dims and run.facts["reference_sha256"] == run.facts["model_sha256"]
+    model = policy() if same else load_sharded(inputs.reference, world, dtype, offload, frozen=True)
+
     def stop_if_asked() -> None:
         if distributed.sum_over_ranks(torch.tensor(int(run.stop.received))) > 0:
             raise Preempted(first_step)
 
     (reference, held_out), sentences = score_reference(
         model, {"pairs": pairs, "held-out pairs": inputs.test}, world, cache_dir=config.reference.cache_dir,
-        model_sha256=run.facts["model_sha256"], compute_dtype=dtype, budget=setup.micro_batch_tokens,
+        model_sha256=run.facts["reference_sha256"], compute_dtype=dtype, budget=setup.micro_batch_tokens,
         stopping=stop_if_asked,
     )  # fmt: skip
     world.say("\n".join(f"reference   {sentence}" for sentence in sentences))
+    if not same:
+        del model
+        distributed.free_memory()
+        model = policy()
 
     # Where the run stands: at its beginning, or where a checkpoint left weights, optimizer and log.
-    optimizer = make_optimizer(model.parameters(), setup.optimizer, setup.learning_rate, setup.weight_decay)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trained, setup.optimizer, setup.learning_rate, setup.weight_decay)
     run.restore(model, optimizer)
     log = Log(run.output / "metrics.jsonl", world, total_steps, run.epoch_steps, first_step, **run.log_state())
 
     def evaluate(step: int) -> None:
         if len(inputs.test):
             budget = setup.micro_batch_tokens
-            log.evaluated(step, held_out_metrics(model, inputs.test, held_out, world, budget, **asdict(dpo)))
+            log.evaluated(step, held_out_metrics(model, inputs.test, held_out, world, budget, **loss))
 
     if first_step == 0:
         with log.paused():
@@ -131,19 +142,19 @@ def train(config: Config, inputs: Inputs, world: distributed.World, run: Run) ->
 
     # --- the loop ---
     skipped_in_a_row = 0
-    pair_flops = 3 * forward_flops(inputs.base.dims, pairs.lengths)  # (all pairs,) forward and backward
+    pair_flops = training_flops(inputs.base.dims, pairs.lengths, run.lora)  # (all pairs,) forward and backward
     for step, rows, micro_batches in training_steps(
         pairs, pair_flops, range(first_step, total_steps), pairs_per_step=setup.pairs_per_step, seed=setup.seed,
         budget=setup.micro_batch_tokens, rank=world.rank, num_ranks=world.size,
     ):  # fmt: skip
-        learning_rate = lr_at(step, total_steps, warmup_steps, setup.learning_rate)
+        learning_rate = lr_at(step, total_steps, warmup_steps, setup.learning_rate, setup.schedule)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
         # Law 1: before the first step the policy is its reference, pair by pair, and the loss is log 2.
-        law_1 = partial(check_same, pairs, dtype) if step == 0 else None
+        law_1 = partial(check_same, pairs, dtype) if same and step == 0 else None
         result = train_step(
-            model, optimizer, micro_batches, reference, len(rows), world, **asdict(dpo),
+            model, optimizer, micro_batches, reference, len(rows), world, **loss,
             max_grad_norm=setup.max_grad_norm, stopping=run.stop.received, check=law_1,
         )  # fmt: skip
         done, last = step + 1, step + 1 == total_steps

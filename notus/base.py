@@ -18,6 +18,7 @@ from notus.chat import ChatTemplate, check_template, load_chat_template
 from notus.dims import MistralConfig
 from notus.distributed import World, shard
 from notus.files import checksum, file_digest, read_json, text_digest
+from notus.lora import LoRA, add_lora, initialize
 from notus.model import Mistral
 from notus.tokenizer import Tokenizer, load_tokenizer
 from notus.tokens import Encoder
@@ -158,17 +159,26 @@ def load_model(base: Base, device: torch.device, dtype: torch.dtype) -> Mistral:
 
 def load_sharded(
     base: Base, world: World, dtype: torch.dtype, cpu_offload: bool = False, recompute: str = "none",
-    compile_layers: bool = False,
+    compile_layers: bool = False, *, frozen: bool = False, lora: LoRA | None = None, seed: int = 0,
 ) -> Mistral:  # fmt: skip
     """The model for training, in float32 shards that compute in `dtype`. All ranks call.
+
+    With `lora` the base is frozen and kept in `dtype`, and LoRA's matrices are drawn from `seed`. A `frozen` model is
+    for scoring alone. It has the same numbers as one for training, in half the memory where `dtype` is bfloat16.
 
     The order matters: the compiler must know what is recomputed, sharding must find the layers as they will run, and
     the weights are read last, by each rank its own rows. Nothing here renames a parameter.
     """
     model = meta_model(base.dims)
+    if lora:
+        add_lora(model, lora, dtype)
+    elif frozen:
+        model.to(dtype).requires_grad_(False)
     model.model.recompute = recompute
     if compile_layers:
         model.model.compile_layers()
     shard(model, model.model.layers, world, dtype, cpu_offload)
     load_weights(model, base.path, torch.device("cpu") if cpu_offload else world.device)
+    if lora:
+        initialize(model, seed)
     return model

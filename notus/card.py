@@ -11,6 +11,7 @@ def model_card(facts: dict[str, Any], metrics: dict[str, float | None]) -> str:
     """facts: what environment.json holds (run.py). metrics: the last evaluation, by TRL's names, None where a value is
     not finite; {} if there were no held-out pairs."""
     settings = facts["settings"]
+    is_adapter, rank = settings["lora.export"] == "adapter", settings["lora.rank"]
     base, output = (Path(settings[name]).resolve().name for name in ("model.path", "train.output_dir"))
     names = [name for name in metrics if name.startswith("eval_") and name != "eval_runtime"]
     values = {name: "not finite" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names}
@@ -19,15 +20,31 @@ def model_card(facts: dict[str, Any], metrics: dict[str, float | None]) -> str:
     system = settings["data.insert_system"]
     frame = f"a system turn ({settings['data.system_prompt']!r}) where there was none" if system else "no system turn"
     files = "\n".join(f"- {code(Path(name).name)}, sha256 `{sha}`" for name, sha in facts["data_sha256"].items())
+    trained, dtype = "all weights", "float32" if is_adapter else settings["train.export_dtype"]
+    kept = "float32 weights"
+    if rank:
+        kept = f"float32 LoRA weights, the rest frozen in {settings['train.compute_dtype']}"
+        targets = ", ".join(settings["lora.targets"])
+        trained = f"LoRA, rank {rank}, alpha {settings['lora.alpha']:g}, on {targets}; "
+        trained += "the adapter alone is here" if is_adapter else "merged"
+    reference = ""
+    if settings["dpo.reference"]:
+        name = code(Path(settings["dpo.reference"]).resolve().name)
+        reference = f" Weights of the reference, {name}: `{facts['reference_sha256']}`."
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     return f"""---
 base_model: {quoted(base)}
-library_name: transformers
+library_name: {"peft" if is_adapter else "transformers"}
 pipeline_tag: text-generation
 tags:
 - dpo
 - preference
-- notus
+- notus{
+        '''
+- lora'''
+        if rank
+        else ""
+    }
 ---
 
 # {plain(output)}
@@ -41,16 +58,19 @@ notus {facts["versions"]["notus"]}, commit `{facts["git_commit"]}`.
 |---|---|
 | pairs | {facts["train_pairs"]:,} |
 | beta, label smoothing | {settings["dpo.beta"]}, {settings["dpo.label_smoothing"]} |
+| trained | {trained} |
 | optimizer, peak learning rate | {settings["train.optimizer"]}, {settings["train.learning_rate"]} |
-| schedule | linear, warmup over {settings["train.warmup_ratio"]:.0%} of {facts["steps"]:,} steps |
+| schedule | {settings["train.schedule"]}, warmup over {settings["train.warmup_ratio"]:.0%} of {
+        facts["steps"]:,} steps |
 | epochs, pairs a step | {settings["train.num_train_epochs"]}, {settings["train.pairs_per_step"]} |
 | maximum length, of the prompt | {settings["data.max_length"]}, {settings["data.max_prompt_length"]} tokens |
-| precision | {settings["train.compute_dtype"]} compute, float32 weights; exported in {settings["train.export_dtype"]} |
+| precision | {settings["train.compute_dtype"]} compute, {kept}; exported in {dtype} |
 | seed | {settings["train.seed"]} |
 
 {evaluation if names else "There were no held-out pairs, so nothing was evaluated."}
 
-Accuracy is the share of pairs whose chosen answer has the higher reward, beta x (log-prob - log-prob under the base).
+Accuracy is the share of pairs whose chosen answer has the higher reward, beta x (log-prob - log-prob under the \
+{"reference" if settings["dpo.reference"] else "base"}).
 
 ## Text
 
@@ -59,7 +79,7 @@ inserted {plain(frame)}, and ended each answer with one EOS.
 
 ## Provenance
 
-Base weights, sha256 over files: `{facts["model_sha256"]}`. Training data:
+Base weights, sha256 over files: `{facts["model_sha256"]}`.{reference} Training data:
 
 {files}
 

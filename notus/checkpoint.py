@@ -1,7 +1,7 @@
 """The run that cannot be lost: model, optimizer and step, complete on disk or not there at all.
 
     checkpoints / step-00000200 /
-        shard-*.safetensors     each rank's float32 weights and optimizer state, by torch.distributed.checkpoint
+        shard-*.safetensors     each rank's trained weights and optimizer state, by torch.distributed.checkpoint
         checkpoint.json         the step, the run's identity, its log so far, and size and CRC-32 of every file
 
 A checkpoint is written under a temporary name while training continues, synced to disk and then renamed, so only
@@ -161,9 +161,12 @@ class Checkpoints:
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor of a run by name: `model.<parameter>`, `optimizer.<parameter>.<state>`. No copies."""
+    """Every tensor of a run that is trained, by name: `model.<parameter>`, `optimizer.<parameter>.<state>`. No copies.
+    What LoRA leaves frozen is in the base."""
     state = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         state[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state[parameter].items():
             state[f"optimizer.{name}.{key}"] = value

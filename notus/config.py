@@ -37,7 +37,7 @@ def setting(doc: str, default: Any = MISSING, within: str = "", path: bool = Fal
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    path: str = setting("Hugging Face directory of the SFT model, both starting point and reference", path=True)
+    path: str = setting("Hugging Face directory of the SFT model: the starting point, and the reference", path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,29 @@ class Data:
 class DPO:
     beta: float = setting("strength of the pull towards the reference (Rafailov et al. 2023, eq. 7)", 0.1, "(0, inf)")
     label_smoothing: float = setting("assumed share of pairs with swapped labels; 0 is plain DPO", 0.0, "[0, 0.5)")
+    reference: str = setting("Hugging Face directory of another reference; empty: model.path", "", path=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    rank: int = setting("of what each target matrix learns, with the base frozen; 0 trains all weights", 0, "[0, inf)")
+    alpha: float = setting("what is learned is scaled by alpha / rank", 16.0, "(0, inf)")
+    targets: tuple[str, ...] = setting(
+        "linear layers: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+    )
+    export: Literal["merged", "adapter"] = setting(
+        "a whole model, or what was learned alone, in PEFT's format", "merged"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     output_dir: str = setting("folder of this run: checkpoints, metrics.jsonl, the exported model", path=True)
-    learning_rate: float = setting("highest rate, at the end of warmup; it then falls linearly to 0", 5e-7, "(0, inf)")
+    learning_rate: float = setting("highest rate, at the end of warmup; it then falls to 0", 5e-7, "(0, inf)")
+    schedule: Literal["linear", "cosine"] = setting(
+        "how it falls: in a straight line, or along half a cosine", "linear"
+    )
     optimizer: Literal["rmsprop", "adamw"] = setting(
         "rmsprop is the original's; its first steps are up to 10 times learning_rate, so use warmup", "adamw"
     )
@@ -77,9 +94,11 @@ class Train:
         "tokens in one micro-batch of one GPU; changes speed and memory, never the result", 16384, "[1, inf)"
     )
     max_grad_norm: float = setting("gradients are clipped to this global L2 norm", 1.0, "(0, inf)")
-    seed: int = setting("decides the order of the pairs, together with the epoch", 42, "[0, 4294967296)")
+    seed: int = setting(
+        "decides LoRA's first weights and, with the epoch, the order of the pairs", 42, "[0, 4294967296)"
+    )
     compute_dtype: Literal["bfloat16", "float32"] = setting(
-        "of matmuls and activations; weights and optimizer state are always float32", "bfloat16"
+        "of matmuls, activations and frozen weights; trained weights and their state are float32", "bfloat16"
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto uses cuda if there is a GPU", "auto")
     activation_checkpointing: Literal["auto", "none", "elementwise", "half", "full"] = setting(
@@ -91,7 +110,7 @@ class Train:
     save_steps: int = setting("steps between checkpoints, which are written while training continues", 100, "[1, inf)")
     keep_checkpoints: int = setting("most recent checkpoints to keep; 8 bytes a parameter, 12 for adamw", 2, "[1, inf)")
     max_skipped_steps: int = setting("stop after this many non-finite gradients in a row", 3, "[1, inf)")
-    export_dtype: Literal["bfloat16", "float32"] = setting("of the weights in the exported model", "bfloat16")
+    export_dtype: Literal["bfloat16", "float32"] = setting("of the exported model; an adapter is float32", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +130,7 @@ class Config:
     model: Model
     data: Data
     dpo: DPO
+    lora: LoRA
     train: Train
     reference: Reference
     distributed: Distributed
@@ -122,7 +142,8 @@ SETTINGS: dict[str, Field] = {f"{section}.{f.name}": f for section, kind in SECT
 
 # May differ when a run resumes: where things are, what is measured, and how the same result is computed.
 FREE_ON_RESUME = {
-    "model.path", "data.train", "data.test", "data.cache_dir", "reference.cache_dir", "train.output_dir",
+    "model.path", "dpo.reference", "data.train", "data.test", "data.cache_dir", "reference.cache_dir",
+    "lora.export", "train.output_dir",
     "train.device", "train.compile", "train.micro_batch_tokens", "train.activation_checkpointing", "train.eval_steps",
     "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_skipped_steps", "train.export_dtype",
     "distributed.replicate", "distributed.cpu_offload", "distributed.timeout_minutes",
@@ -311,15 +332,19 @@ def convert(name: str, value: Any, where: str) -> Any:
         raise ValueError(f"{where}: {name} must be {describe(f)}, not {shown(value)}")
     if within and not contains(within, value):
         raise ValueError(f"{where}: {name} = {value!r} is outside {within}")
-    return expand(name, value, where) if f.metadata["path"] else value
+    if f.metadata["path"]:
+        return expand(name, value, where)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def fits(f: Field, value: Any) -> bool:
     if get_origin(f.type) is Literal:
         return value in get_args(f.type)
     if f.type == tuple[str, ...]:
-        return isinstance(value, list) and all(isinstance(path, str) and path for path in value)
-    return type(value) is f.type and not (f.metadata["path"] and not value)  # not isinstance: true is no int here
+        return isinstance(value, list) and all(isinstance(text, str) and text for text in value)
+    if f.metadata["path"] and not value:
+        return value == f.default
+    return type(value) is f.type  # not isinstance: true is no int here
 
 
 def expand(name: str, value: Any, where: str) -> Any:
@@ -348,7 +373,14 @@ def check(config: Config, where: dict[str, str]) -> None:
         places = ", ".join(dict.fromkeys(where.get(name, "default") for name in names))
         raise ValueError(f"{places}: {message}")
 
-    data = config.data
+    data, lora = config.data, config.lora
+    layers = (*"qkvo", "gate", "up", "down")
+    if wrong := [name for name in lora.targets if name not in {f"{layer}_proj" for layer in layers}]:
+        refuse(f"lora.targets has {shown(wrong[0])}; {SETTINGS['lora.targets'].metadata['doc']}", "lora.targets")
+    if lora.rank and not lora.targets:
+        refuse(f"lora.rank = {lora.rank}, but lora.targets is empty, so nothing would be trained", "lora.targets")
+    if lora.export == "adapter" and not lora.rank:
+        refuse('lora.export = "adapter", but lora.rank = 0: there is no adapter without LoRA', "lora.export")
     if data.max_prompt_length >= data.max_length:
         refuse(
             f"data.max_prompt_length = {data.max_prompt_length} must be below data.max_length = {data.max_length}, "
@@ -408,7 +440,10 @@ def describe(f: Field) -> str:
         return " or ".join(f'"{choice}"' for choice in get_args(f.type))
     if f.metadata["path"]:
         return "a path" if f.type is str else "a path or a list of paths"
-    words: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    words: dict[Any, str] = {
+        bool: "true or false", int: "a whole number", float: "a number", str: "text",
+        tuple[str, ...]: "a text or a list of texts",
+    }  # fmt: skip
     return words[f.type]
 
 

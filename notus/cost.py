@@ -3,14 +3,16 @@
 Training uses it to deal pairs evenly over ranks, to report MFU and to choose what to recompute. `python -m notus.plan`
 prints it.
 
-FLOPs count each useful multiplication once (no credit for recomputation): 2 a parameter and token forward, 4 backward,
-plus attention, on unique tokens. A prompt counts once for both answers.
+FLOPs count each useful multiplication once (no credit for recomputation): 2 a parameter and token forward, 4 backward
+(2 for a frozen one, which needs no gradient of its own), plus attention, on unique tokens. A prompt counts once for
+both answers.
 
 Legend: T tokens of a stream, R response tokens, P pairs, D model dimension, V vocabulary, H query heads, K key/value
 heads.
 """
 
 import functools
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from notus.dims import MistralConfig
 from notus.logprobs import CHUNK_ROWS, KEEP_BYTES
+from notus.lora import LoRA, add_lora
 from notus.model import RECOMPUTE, DecoderLayer, is_product, rotary_table
 
 GIB = 2**30
@@ -27,32 +30,49 @@ RESERVE_GIB = 3.0  # of a GPU's memory, for CUDA itself and for fragmentation
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU: dense bfloat16 FLOP/s and NVLink bytes/s in one direction, from its data sheet; memory, from torch's
-    out-of-memory errors in public bug reports; and the MFU that a step is assumed to reach."""
+    """One GPU. From its data sheet: dense bfloat16 FLOP/s with sums in float32, and bytes/s in one direction, to the
+    other GPUs (NVLink, or PCIe where there is none) and to the host (PCIe). From torch's out-of-memory errors in public
+    bug reports: its memory. Assumed: the MFU that a step reaches."""
 
     peak_flops: float
     memory_gib: float
     link_bytes: float
     mfu: float
+    host_bytes: float = 32e9  # PCIe 4.0 x16
 
 
 # Published MFU of pre-training in bfloat16. A100: 51 % (7B, 8 x 40GB, all recomputed) and 58 to 64 % (7B, 8 x 80GB) in
 # MosaicML llm-foundry, scripts/train/benchmarking; 57 to 68 % (7B) in PyTorch's blog, "Maximizing training throughput".
 # H100: 46 % (7B, llm-foundry); 33 %, compiled 39 % (8B, torchtitan, benchmarks/llama3_h100_202412). H200: as the H100,
-# whose chip it has. B200: no figure found, a guess. Published DPO stacks reach 6 to 29 %.
+# whose chip it has. The others: no figure found, a guess. Published DPO stacks reach 6 to 29 %.
+# Peaks of GeForce cards: NVIDIA's architecture white papers (GA102, Ada, RTX Blackwell).
 DEVICES = {
+    "A10": Device(125e12, 22.0, 32e9, 0.40),
+    "RTX-3090": Device(71e12, 23.6, 32e9, 0.40),
+    "RTX-4090": Device(165.2e12, 23.5, 32e9, 0.40),
+    "RTX-5090": Device(209.5e12, 31.3, 64e9, 0.40, 64e9),
+    "L40S": Device(362e12, 44.4, 32e9, 0.40),
     "A100-40GB": Device(312e12, 39.4, 300e9, 0.50),
     "A100-80GB": Device(312e12, 79.1, 300e9, 0.50),
-    "H100-80GB": Device(989e12, 79.1, 450e9, 0.40),
-    "H200": Device(989e12, 139.7, 450e9, 0.40),
-    "B200": Device(2250e12, 178.3, 900e9, 0.35),
+    "H100-80GB": Device(989e12, 79.1, 450e9, 0.40, 64e9),
+    "H200": Device(989e12, 139.7, 450e9, 0.40, 64e9),
+    "B200": Device(2250e12, 178.3, 900e9, 0.35, 64e9),
 }
+
+# What cpu_offload costs: clipping and the optimizer work in host memory, which the GPUs of a host share. Bytes a
+# parameter: their measured time on a CPU, times the rate at which it copies memory (benchmarks/RESULTS.md).
+GPUS_PER_HOST = 8
+HOST_MEMORY_BYTES = 50e9  # a second; assumed: two channels of DDR5
+OPTIMIZER_BYTES = {"rmsprop": 70, "adamw": 114}
 
 
 def peak_flops(device_name: str) -> float | None:
     """By the name that torch.cuda.get_device_name gives; None for a device that is not in the table."""
-    family = next((f for f in ("A100", "H100", "H200", "B200") if f in device_name), None)
-    return next((d.peak_flops for name, d in DEVICES.items() if family and name.startswith(family)), None)
+    words = [] if "Laptop" in device_name else re.split(r"[ -]", device_name)
+    model = next(
+        (w for w in words if w in ("A10", "3090", "4090", "5090", "L40S", "A100", "H100", "H200", "B200")), None
+    )
+    return next((d.peak_flops for name, d in DEVICES.items() if model in name.split("-")), None)
 
 
 def num_parameters(dims: MistralConfig) -> tuple[int, int]:
@@ -63,8 +83,32 @@ def num_parameters(dims: MistralConfig) -> tuple[int, int]:
     return layer * dims.num_hidden_layers, tables + dims.hidden_size
 
 
+def num_adapter_parameters(dims: MistralConfig, lora: LoRA | None) -> int:
+    """What LoRA trains, in all layers; 0 without it."""
+    if lora is None:
+        return 0
+    with torch.device("meta"):
+        layer = DecoderLayer(dims)
+    add_lora(layer, lora, torch.float32)
+    return dims.num_hidden_layers * sum(p.numel() for p in layer.parameters() if p.requires_grad)
+
+
 def forward_flops(dims: MistralConfig, lengths: np.ndarray) -> np.ndarray:
-    """One forward pass over pairs of `lengths` (P, 3), prompts shared -> (P,). With backward it is three times this."""
+    """One forward pass over pairs of `lengths` (P, 3), prompts shared -> (P,)."""
+    weights, attention = _forward_flops(dims, lengths)
+    return weights + attention
+
+
+def training_flops(dims: MistralConfig, lengths: np.ndarray, lora: LoRA | None = None) -> np.ndarray:
+    """Forward and backward over pairs of `lengths` (P, 3) -> (P,): three times the forward pass, and with LoRA two
+    times for the frozen weights."""
+    weights, attention = _forward_flops(dims, lengths)
+    adapter = 2 * num_adapter_parameters(dims, lora) * lengths.sum(axis=1)
+    return (2 if lora else 3) * weights + 3 * (attention + adapter)
+
+
+def _forward_flops(dims: MistralConfig, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(with weights, of attention), (P,) each."""
     layer_parameters, _ = num_parameters(dims)
     heads, hidden = dims.num_attention_heads * dims.head_dim, dims.hidden_size
     skipped = heads * hidden + 3 * hidden * dims.intermediate_size + hidden  # by prompts in the last layer
@@ -73,11 +117,13 @@ def forward_flops(dims: MistralConfig, lengths: np.ndarray) -> np.ndarray:
     prompt, *answers = lengths.T.astype(np.float64)
     meetings = prompt * (prompt + 1) / 2 + sum(length * prompt + length * (length + 1) / 2 for length in answers)
     layers = 2 * (layer_parameters * lengths.sum(axis=1) - skipped * prompt)
-    return layers + attention * meetings + head * sum(answers)
+    return layers + head * sum(answers), attention * meetings
 
 
 @functools.cache
-def activation_bytes(dims: MistralConfig, dtype: torch.dtype, recompute: str, compiled: bool) -> int:
+def activation_bytes(
+    dims: MistralConfig, dtype: torch.dtype, recompute: str, compiled: bool, lora: LoRA | None = None
+) -> int:
     """Bytes that a decoder layer keeps for backward, per token of the stream: counted, on the meta device, by asking
     autograd what it saves (`none`), or which results are kept (`elementwise`); `full` is the layer's input alone.
 
@@ -108,9 +154,13 @@ def activation_bytes(dims: MistralConfig, dtype: torch.dtype, recompute: str, co
             return keep(out) if is_product(op) else out
 
     with torch.device("meta"):
-        layer = DecoderLayer(dims).to(dtype)
+        layer = DecoderLayer(dims)
+        if lora:
+            add_lora(layer, lora, dtype)
+        layer.to(dtype)
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            vars(norm)["forward"] = functools.partial(torch.mul, norm.weight)  # one kernel, which saves its input
+            norm.weight.requires_grad_()  # frozen or not, the kernel saves its input
+            vars(norm)["forward"] = functools.partial(torch.mul, norm.weight)
         x = torch.empty(tokens, dims.hidden_size, dtype=dtype, requires_grad=True)
         rotary = rotary_table(torch.arange(tokens), dims.head_dim, dims.rope_theta, dtype)
         shared = {tensor.untyped_storage()._cdata for tensor in (*layer.parameters(), *rotary)}
@@ -141,6 +191,7 @@ class Job:
     num_train_epochs: int
     pairs_per_step: int
     eval_steps: int
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1 or self.num_gpus % self.replicate:
@@ -162,21 +213,36 @@ def memory_gib(dims: MistralConfig, job: Job, scored: float, recompute: str) -> 
     """GiB per GPU, by part, at the peak of a training step; `scored` is the data's `scored_share`. A slight
     overestimate, since the parts do not all peak at once. Excludes the CUDA context and fragmentation (RESERVE_GIB)."""
     layers, rest = num_parameters(dims)
-    share = 0 if job.cpu_offload else (layers + rest) / job.shards
-    one_layer = layers / dims.num_hidden_layers
+    adapter = num_adapter_parameters(dims, job.lora)
+    size, held = job.dtype.itemsize, 0 if job.cpu_offload else 1 / job.shards  # bytes; share of what is sharded
+    trained, frozen, stored = (adapter, layers + rest, size) if job.lora else (layers + rest, 0, 4)
+    one_layer, one_adapter = layers / dims.num_hidden_layers, adapter / dims.num_hidden_layers
+    if not job.lora:  # in the compute dtype, beside a layer's gradients in float32
+        gathered = size * (2 * rest + 3 * one_layer) + 4 * one_layer
+    elif job.num_gpus == 1 and not job.cpu_offload:  # distributed.shard has nothing to gather
+        gathered = size * adapter + (size + 4) * one_adapter  # copies of A and B in the compute dtype
+    else:
+        gathered = size * (rest + 2 * one_layer) + (2 * size + 4) * one_adapter
     levels = [recompute] * dims.num_hidden_layers
     if recompute == "half":
         levels = ["full" if index % 2 == 0 else "elementwise" for index in range(dims.num_hidden_layers)]
-    kept = {level: activation_bytes(dims, job.dtype, level, job.compile) for level in {*levels, "none"}}
+    kept = {level: activation_bytes(dims, job.dtype, level, job.compile, job.lora) for level in {*levels, "none"}}
     # Backward begins with the last layer: everything it saves, recomputed if need be, is alive beside what the others
     # keep.
     activations = kept["none"] + sum(kept[level] for level in levels[:-1])  # bytes a token
-    rows, size = scored * job.micro_batch_tokens, job.dtype.itemsize  # rows of the head, R
+    rows = scored * job.micro_batch_tokens  # rows of the head, R
+    name = str(job.dtype).removeprefix("torch.")
     parts = {
-        "weights, fp32 shard": 4 * share,
-        "gradients, fp32 shard": 4 * share,
-        f"{job.optimizer} state, fp32 shard": (8 if job.optimizer == "adamw" else 4) * share,
-        "gathered weights and gradients": size * (2 * rest + 3 * one_layer) + 4 * one_layer,
+        **({f"frozen weights, {name} shard": size * frozen * held} if job.lora else {}),
+        "weights, fp32 shard": 4 * trained * held,
+        "gradients, fp32 shard": 4 * trained * held,
+        f"{job.optimizer} state, fp32 shard": (8 if job.optimizer == "adamw" else 4) * trained * held,
+        "gathered weights and gradients": gathered,
+        **(
+            {"copies that come from the host": stored * max(rest, 2 * one_layer) / job.shards}
+            if job.cpu_offload
+            else {}
+        ),
         "activations": activations * job.micro_batch_tokens,
         "head, scored rows and softmax": 3 * rows * dims.hidden_size * size
         + min(rows * dims.vocab_size * size, KEEP_BYTES)
@@ -196,8 +262,31 @@ def least_recomputation(dims: MistralConfig, job: Job, scored: float, device_gib
     return next((level for level in RECOMPUTE if needed[level] <= device_gib), "full")
 
 
-def traffic_bytes(dims: MistralConfig, num_gpus: int, dtype: torch.dtype) -> float:
+def traffic_bytes(dims: MistralConfig, num_gpus: int, dtype: torch.dtype, lora: LoRA | None = None) -> float:
     """What a GPU receives in one micro-batch, as distributed.shard has it: layers gathered for forward and again for
     backward, the rest once, in the compute dtype; all gradients reduced in float32."""
     layers, rest = num_parameters(dims)
-    return (dtype.itemsize * (2 * layers + rest) + 4 * (layers + rest)) * (num_gpus - 1) / num_gpus
+    adapter = num_adapter_parameters(dims, lora)
+    gathered = dtype.itemsize * (2 * (layers + adapter) + rest)
+    return (gathered + 4 * (adapter if lora else layers + rest)) * (num_gpus - 1) / num_gpus
+
+
+def offload_bytes(dims: MistralConfig, job: Job) -> float:
+    """What crosses PCIe for one GPU in one micro-batch, with cpu_offload: its shards, each time they are gathered, in
+    the dtype they are kept in, and the float32 gradients on their way back."""
+    if not job.cpu_offload:
+        return 0.0
+    layers, rest = num_parameters(dims)
+    adapter = num_adapter_parameters(dims, job.lora)
+    stored = job.dtype.itemsize if job.lora else 4
+    trained = adapter if job.lora else layers + rest
+    return (stored * (2 * layers + rest) + 4 * 2 * adapter + 4 * trained) / job.shards
+
+
+def host_seconds(dims: MistralConfig, job: Job) -> float:
+    """The optimizer's step on the CPU, with cpu_offload. Nothing overlaps it."""
+    if not job.cpu_offload:
+        return 0.0
+    trained = num_adapter_parameters(dims, job.lora) or sum(num_parameters(dims))
+    on_a_host = trained / job.shards * min(job.num_gpus, GPUS_PER_HOST)
+    return on_a_host * OPTIMIZER_BYTES[job.optimizer] / HOST_MEMORY_BYTES

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, -1)
 
 
+def free_memory() -> None:
+    """Give back what a deleted model held: FSDP modules are cycles, and the GPU's allocator keeps what it has."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def stop() -> None:
     if dist.is_initialized():
         gc.collect()  # FSDP modules are cycles that hold on to the group: alive at exit, they abort the process
@@ -106,13 +114,15 @@ def stop() -> None:
 def shard(
     model: nn.Module, layers: nn.ModuleList, world: World, compute_dtype: torch.dtype, cpu_offload: bool = False
 ) -> None:
-    """FSDP2 (ZeRO-3), in place: each rank keeps 1/N of every parameter, its gradient and its optimizer state, in
-    float32. A layer's weights are gathered, in `compute_dtype`, just before it runs and freed after it.
+    """FSDP2 (ZeRO-3), in place: each rank keeps 1/N of every parameter, its gradient and its optimizer state, in the
+    parameter's dtype. A layer's weights are gathered, in `compute_dtype`, just before it runs and freed after it.
 
-    One process in float32 has nothing to split or cast, and is left as it is: FSDP2 would only cost 7 to 15 % of a
-    step. `cpu_offload` keeps shards, gradients and optimizer state in host memory, which fits a 7B on one small card.
+    One process whose weights are in `compute_dtype` has nothing to split or cast, and is left as it is: FSDP2 would
+    only cost 7 to 15 % of a step. LoRA's matrices are float32 and cast themselves. `cpu_offload` keeps shards,
+    gradients and optimizer state in host memory, which fits a 7B on one small card.
     """
-    if world.size == 1 and compute_dtype == torch.float32 and not cpu_offload:
+    cast_here = (p for name, p in model.named_parameters() if "lora_" not in name and p.dtype != compute_dtype)
+    if world.size == 1 and not cpu_offload and next(cast_here, None) is None:
         return
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype,
@@ -168,6 +178,14 @@ def silent_ranks(seconds: float = 10.0) -> str:
 def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, on every rank; a plain tensor as it is. All ranks call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, slice]:
+    """The part of a parameter that this rank holds, and which rows of the whole it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter, slice(None)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return parameter.to_local(), slice(offset[0], offset[0] + shape[0])
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Optimizer and learning rate, as the recipe has them."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -19,12 +20,13 @@ def make_optimizer(
     raise ValueError(f"optimizer is {name!r}; it must be 'rmsprop' or 'adamw'")
 
 
-def lr_at(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
-    """Hugging Face's linear schedule: peak * step / warmup_steps, which is 0 at the first step, then down to 0 at
-    `total_steps`. Steps count from 0."""
+def lr_at(step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str = "linear") -> float:
+    """Hugging Face's schedules: peak * step / warmup_steps, which is 0 at the first step, then down to 0 at
+    `total_steps`, in a straight line (`linear`) or along half a cosine (`cosine`). Steps count from 0."""
     if step < warmup_steps:
         return peak * step / warmup_steps
-    return peak * max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+    left = max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))  # 1 after warmup, 0 at the end
+    return peak * (left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))
 
 
 def schedule_notes(optimizer: str, warmup_steps: int, total_steps: int) -> list[str]:

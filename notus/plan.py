@@ -1,6 +1,7 @@
 """What a run will cost, before it starts: GiB per GPU by part, traffic, hours.
 
     python -m notus.plan configs/notus-7b-v1.toml --gpus 8 --device A100-40GB       needs no data, weights or GPU
+    python -m notus.plan configs/notus-7b-v1-lora.toml --gpus 1 --memory 16 --flops 80e12   a GPU that it does not know
     python train.py configs/notus-7b-v1.toml --dry-run                              the same, for the real data
 
 The arithmetic is in cost.py. Nothing here has been measured on a GPU.
@@ -10,7 +11,8 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +22,22 @@ from notus import config as configuration
 from notus.cost import (
     DEVICES,
     RESERVE_GIB,
+    Device,
     Job,
     forward_flops,
+    host_seconds,
     least_recomputation,
     memory_gib,
+    num_adapter_parameters,
     num_parameters,
+    offload_bytes,
     scored_share,
     traffic_bytes,
+    training_flops,
 )  # fmt: skip
 from notus.dims import MistralConfig
 from notus.files import sentence
+from notus.lora import TARGETS, LoRA
 from notus.metrics import duration
 from notus.model import RECOMPUTE
 from notus.packing import steps_per_epoch
@@ -45,7 +53,7 @@ LENGTHS, PAIRS, HELD_OUT_PAIRS = (161, 298, 281), 61_619, 2_000
 
 
 def describe_cost(
-    dims: MistralConfig, job: Job, train: np.ndarray, test: np.ndarray, devices: Sequence[str] = tuple(DEVICES)
+    dims: MistralConfig, job: Job, train: np.ndarray, test: np.ndarray, devices: Mapping[str, Device] = DEVICES
 ) -> str:
     """The report of `train.py --dry-run`. train, test: lengths (P, 3) of the pairs, in tokens."""
     epochs, budget, on_cpu = job.num_train_epochs, job.micro_batch_tokens, job.dtype == torch.float32
@@ -56,7 +64,8 @@ def describe_cost(
 
     # FLOPs, of which only those of training grow with recomputation.
     forward, forward_test = (forward_flops(dims, lengths).sum() for lengths in (train, test))
-    flops = {"training": 3 * forward * epochs, "reference, if nothing is cached": forward + forward_test}
+    training_once = training_flops(dims, train, job.lora).sum()
+    flops = {"training": training_once * epochs, "reference, if nothing is cached": forward + forward_test}
     if len(test):
         evaluations = 2 + (steps - 1) // job.eval_steps
         flops[f"{evaluations} evaluations"] = forward_test * evaluations
@@ -71,19 +80,20 @@ def describe_cost(
 
     lines = [
         f"steps       {steps:,}: {epochs} epochs of {len(train):,} pairs, {job.pairs_per_step} each",
-        f"parameters  {sum(num_parameters(dims)):,}",
+        f"parameters  {sum(num_parameters(dims)):,}"
+        + (f" frozen; LoRA trains {num_adapter_parameters(dims, job.lora):,} more" if job.lora else ""),
         f"tokens      {tokens:.0f} unique a pair, on average, {scored:.0%} of them scored; {tokens_each:,.0f} a GPU "
         f"and step, in {micro_batches} micro-batch{'es' if micro_batches > 1 else ''}",
         f"compute     {engineering(total, 'FLOP')}",
         *(f"  {engineering(value, 'FLOP'):>14}  {name}" for name, value in flops.items()),
-        f"memory      {needed[levels[0]]:.2f} GiB a GPU, estimated, with {job.num_gpus} GPUs and {budget:,} tokens "
+        f"memory      {needed[levels[0]]:.2f} GiB a GPU, estimated, with {plural(job.num_gpus)} and {budget:,} tokens "
         f"each, recomputing {levels[0]}",
         *(f"  {size:>10.2f} GiB  {name}" for name, size in memory[levels[0]].items()),
         *(f"  {needed[level]:>10.2f} GiB  in all, recomputing {level}" for level in levels[1:]),
     ]
     if on_cpu:
         rate = cpu_flops()
-        speed = len(train) / (3 * forward) * rate * CPU_SHARE  # pairs/s
+        speed = len(train) / training_once * rate * CPU_SHARE  # pairs/s
         lines += [
             f"time        {duration(total / (rate * CPU_SHARE))}, training at {speed:.3g} pairs/s, on this CPU",
             f"  Measured now: its matmul rate, {engineering(rate, 'FLOP/s')}. Measured before, on one machine: a step",
@@ -91,33 +101,79 @@ def describe_cost(
         ]
         return "\n".join(lines)
 
-    # Hours on each GPU: a step takes the longer of its compute and its traffic.
-    moved = micro_batches * traffic_bytes(dims, job.shards, job.dtype)  # bytes a step
+    # Hours on each GPU: a step takes the longest of its compute and its transfers; then the CPU's optimizer, if any.
+    moved = micro_batches * traffic_bytes(dims, job.shards, job.dtype, job.lora)  # bytes a step
+    offloaded, on_host = micro_batches * offload_bytes(dims, job), host_seconds(dims, job)
     lines.append(
-        "time        recomputing   GiB of   at MFU     time  pairs/s  90 min: MFU   s a step: compute, traffic"
+        "time        recomputing   GiB of   at MFU     time  pairs/s   s a step: compute, GPU links, host link, CPU"
     )
-    for name in devices:
-        device = DEVICES[name]
+    for name, device in devices.items():
         level = least_recomputation(dims, job, scored, device.memory_gib)
         rate, again = device.peak_flops * device.mfu, RUN_AGAIN[level] * forward * epochs  # FLOP/s; FLOPs for no credit
-        compute, traffic = (flops["training"] + again) / (rate * busy * steps), moved / device.link_bytes  # s a step
-        training = max(compute, traffic) * steps  # s
+        compute = (flops["training"] + again) / (rate * busy * steps)  # s a step
+        links, host = moved / device.link_bytes, offloaded / device.host_bytes  # s a step
+        training = (max(compute, links, host) + on_host) * steps  # s
         speed = epochs * len(train) / training  # pairs/s
         in_all = training + (total - flops["training"]) / (rate * job.num_gpus)
-        mfu = (total + again) / (device.peak_flops * job.num_gpus * 90 * 60)
-        fits = "" if needed[level] + RESERVE_GIB <= device.memory_gib else "  does not fit: lower micro_batch_tokens"
+        fits = needed[level] + RESERVE_GIB <= device.memory_gib
         lines.append(
             f"  {name:<10}{level:<12}{needed[level]:>6.1f} {device.memory_gib:>5.1f} {device.mfu:>7.0%} "
-            f"{duration(in_all):>8} {speed:>8.3g} {mfu:>12.0%} {compute:>19.3f} {traffic:>8.3f}{fits}"
+            f"{duration(in_all):>8} {speed:>8.3g} {compute:>19.3f} {links:>10.3f} {host:>10.3f} {on_host:>6.3f}"
         )
+        if not fits:
+            lines.append(f"            does not fit; it would with {cures(dims, job, train, device.memory_gib)}")
     return "\n".join([*lines, NOTES])
 
 
 NOTES = f"""\
-  Data sheets: FLOP/s (an MFU of 100 %) and NVLink. Assumed: the MFU, from what pre-training of 7B models has published
-  (sources in notus/cost.py; none for the B200). Estimated from shapes: GiB; {RESERVE_GIB:.0f} of a GPU's are left free.
-  Counted: FLOPs, and the traffic of FSDP2 inside a node; it overlaps, so a step takes the longer of the two. Measured:
-  nothing; notus has not run on a GPU yet."""
+  Data sheets: FLOP/s (an MFU of 100 %), NVLink, PCIe. Assumed: the MFU, from what pre-training of 7B models has
+  published (sources in notus/cost.py; only for A100, H100 and H200), and the rate of host memory. Estimated from
+  shapes: GiB; {RESERVE_GIB:.0f} of a GPU's are left free. Counted: FLOPs, the traffic of FSDP2 inside a node, and what
+  cpu_offload moves over PCIe. They overlap, so a step takes the longest of the three; then the CPU's optimizer follows.
+  Measured: nothing on a GPU; notus has not run on one yet."""
+
+
+def plural(gpus: int) -> str:
+    return f"{gpus} GPU{'s' if gpus > 1 else ''}"
+
+
+def cures(dims: MistralConfig, job: Job, lengths: np.ndarray, device_gib: float) -> str:
+    """What makes a job fit: smaller micro-batches if they do, because they change no result; else each of LoRA, host
+    memory and more GPUs that does. lengths: (P, 3) of the pairs."""
+    longest, scored = int(lengths.sum(axis=1).max()), scored_share(lengths)  # a micro-batch has at least one pair
+
+    def with_budget(changed: Job, what: str) -> str:
+        """`what`, and the micro-batch it takes; "" if it does not help."""
+        changed = replace(changed, activation_checkpointing="auto")
+        while True:
+            level = least_recomputation(dims, changed, scored, device_gib)
+            if sum(memory_gib(dims, changed, scored, level).values()) + RESERVE_GIB <= device_gib:
+                break
+            if changed.micro_batch_tokens <= longest:
+                return ""
+            changed = replace(changed, micro_batch_tokens=max(longest, changed.micro_batch_tokens // 2))
+        words = [what] * bool(what)
+        if changed.micro_batch_tokens != job.micro_batch_tokens:
+            words.append(f"train.micro_batch_tokens={changed.micro_batch_tokens}")
+        if job.activation_checkpointing not in ("auto", level):
+            words.append("train.activation_checkpointing=auto")
+        return " with ".join(words)
+
+    if cure := with_budget(job, ""):
+        return cure
+    offload = replace(job, cpu_offload=True)
+    found = [with_budget(offload, "distributed.cpu_offload=true")]
+    if not job.lora:
+        lora = LoRA(16, 16.0, TARGETS[:4])
+        found = [
+            with_budget(replace(job, lora=lora), "lora.rank=16"), *found,
+            with_budget(replace(offload, lora=lora), "lora.rank=16 distributed.cpu_offload=true"),
+        ]  # fmt: skip
+    counts = (job.num_gpus * 2**doubled for doubled in range(1, 8))
+    more = (with_budget(replace(job, num_gpus=count), f"{count} GPUs") for count in counts)
+    found.insert(2, next(filter(None, more), ""))
+    helps = list(filter(None, found))[:3]
+    return ", or ".join(helps) if helps else "none of notus's means"
 
 
 def cpu_flops(size: int = 1024, seconds: float = 0.2) -> float:
@@ -137,8 +193,18 @@ def engineering(value: float, unit: str) -> str:
     return f"{value / 1000**exponent:.3g} {' kMGTPE'[exponent].strip()}{unit}"
 
 
+def device_of(memory_gib: float, flops: float) -> dict[str, Device]:
+    """A GPU that is not in the list, by its memory and its dense bfloat16 FLOP/s. ValueError names the wrong number."""
+    for name, value, low, high in (("--memory", memory_gib, 1, 2000), ("--flops", flops, 1e12, 1e17)):
+        if not low <= value <= high:
+            raise ValueError(
+                f"{name} {value:g}: must be from {low:g} to {high:g} ({'GiB' if high == 2000 else 'FLOP/s'})"
+            )
+    return {"this GPU": Device(flops, memory_gib, 32e9, 0.40)}
+
+
 def plan(
-    config: configuration.Config, gpus: int, devices: Sequence[str], lengths: Sequence[int], num_pairs: int
+    config: configuration.Config, gpus: int, devices: Mapping[str, Device], lengths: Sequence[int], num_pairs: int
 ) -> str:
     """The report for `num_pairs` pairs that all have these lengths (prompt, chosen, rejected), in tokens."""
     for name, value, highest in (
@@ -171,6 +237,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--device", nargs="+", default=list(DEVICES), choices=DEVICES, metavar="NAME",
                         help=f"of {', '.join(DEVICES)}")  # fmt: skip
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of a GPU that is not in the list; with --flops")
+    parser.add_argument("--flops", type=float, metavar="FLOP/S", help="its dense bfloat16 peak, e.g. 80e12")
     parser.add_argument("--lengths", type=int, nargs=3, default=LENGTHS, metavar=("PROMPT", "CHOSEN", "REJECTED"),
                         help="tokens of every pair (default: UltraFeedback's means, cut at 512 / 1024)")  # fmt: skip
     parser.add_argument("--pairs", type=int, default=PAIRS, metavar="N", help=f"to train on (default: {PAIRS:,})")
@@ -178,7 +246,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         path, overrides = configuration.split_words(arguments.words)
         config = configuration.load(path or configuration.CONFIGS / "notus-7b-v1.toml", overrides)
-        print(plan(config, arguments.gpus, arguments.device, arguments.lengths, arguments.pairs))
+        if (arguments.memory is None) != (arguments.flops is None):
+            raise ValueError("--memory and --flops describe a GPU together: give both")
+        devices = {name: DEVICES[name] for name in arguments.device}
+        if arguments.memory is not None:
+            devices = device_of(arguments.memory, arguments.flops)
+        print(plan(config, arguments.gpus, devices, arguments.lengths, arguments.pairs))
     except (ValueError, OSError) as error:
         print(f"notus.plan: error: {sentence(error)}", file=sys.stderr)
         return 2

@@ -1,8 +1,9 @@
-"""Log-probs of the reference model: computed once by the policy itself, before its first step, and kept on disk.
+"""Log-probs of the reference model: computed once, before the first step, and kept on disk.
 
-DPO needs pi_ref only as two numbers a pair, and pi_ref is the policy before training. So there is never a second model
-in memory. A later run over the same base and text starts at once, whatever its order, learning rate, output folder or
-number of GPUs. If some rows of the data changed, only those are computed.
+DPO needs pi_ref only as two numbers a pair. pi_ref is the policy before training, or else dpo.reference, which is
+scored before the policy is loaded. So there is never a second model in memory. A later run over the same base and text
+starts at once, whatever its order, learning rate, output folder, number of GPUs or LoRA. If some rows of the data
+changed, only those are computed.
 
     cache_dir / <digest of the header> /
         header.json                what the numbers depend on besides the pair: weights, config, dtype, forward pass
@@ -309,15 +310,15 @@ def check_same(
 
 
 def fill(config: configuration.Config, rows: int) -> list[str]:
-    """Load the base, fill the cache, and compute `rows` random pairs again; a sentence for each set of pairs."""
+    """Load the reference, fill the cache, and compute `rows` random pairs again; a sentence for each set of pairs."""
     inputs, parallel, dtype = read_inputs(config), config.distributed, getattr(torch, config.train.compute_dtype)
     world = distributed.start(config.train.device, parallel.replicate, parallel.timeout_minutes)
     try:
-        model = load_sharded(inputs.base, world, dtype, parallel.cpu_offload)
+        model = load_sharded(inputs.reference, world, dtype, parallel.cpu_offload, frozen=True)
         _, sentences = score_reference(
             model, {"pairs": inputs.train, "held-out pairs": inputs.test}, world,
-            cache_dir=config.reference.cache_dir, model_sha256=digest(inputs.base.path, world), compute_dtype=dtype,
-            budget=config.train.micro_batch_tokens, rows=rows, new_too=True,
+            cache_dir=config.reference.cache_dir, model_sha256=digest(inputs.reference.path, world),
+            compute_dtype=dtype, budget=config.train.micro_batch_tokens, rows=rows, new_too=True,
         )  # fmt: skip
         return sentences
     finally:

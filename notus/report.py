@@ -15,14 +15,15 @@ import torch
 
 from notus.base import write_frame
 from notus.card import model_card
-from notus.cost import Job
+from notus.cost import Job, num_adapter_parameters, num_parameters
 from notus.distributed import World
 from notus.files import sentence, write_atomically
+from notus.lora import peft_config
 from notus.metrics import duration
 from notus.model import Mistral
 from notus.plan import describe_cost
 from notus.plot import plot
-from notus.run import Inputs
+from notus.run import Inputs, lora_of
 from notus.tokens import describe_counts, describe_pair
 from notus.weights import export
 
@@ -46,8 +47,14 @@ def banner(facts: dict[str, Any], inputs: Inputs, world: World, notes: Sequence[
     lines.append(
         f"steps       {facts['steps']:,} of {settings['train.pairs_per_step']} pairs, "
         f"{settings['train.num_train_epochs']} epochs; beta {settings['dpo.beta']}, {settings['train.optimizer']}, "
-        f"peak learning rate {settings['train.learning_rate']}"
+        f"peak learning rate {settings['train.learning_rate']}, {settings['train.schedule']}"
     )
+    if lora := lora_of(settings):
+        trained, all_in_all = num_adapter_parameters(base.dims, lora), sum(num_parameters(base.dims))
+        lines.append(
+            f"lora        rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}: {trained:,} parameters "
+            f"are trained, {all_in_all:,} frozen in {settings['train.compute_dtype']}"
+        )
     lines += [f"note        {note}" for note in notes]
     if step:
         lines.append(f"resuming    after step {step:,}")
@@ -57,14 +64,15 @@ def banner(facts: dict[str, Any], inputs: Inputs, world: World, notes: Sequence[
 def export_model(
     model: Mistral, facts: dict[str, Any], inputs: Inputs, evaluation: dict[str, float | None], rank: int
 ) -> None:
-    """Write the trained model to OUTPUT_DIR/final, with its model card and the frame that it was trained in. All ranks
-    call."""
-    settings, base = facts["settings"], inputs.base
+    """Write the trained model, or its adapter alone (in float32, for it is small), to OUTPUT_DIR/final, with its model
+    card and the frame that it was trained in. All ranks call."""
+    settings, base, lora = facts["settings"], inputs.base, lora_of(facts["settings"])
+    adapter = peft_config(lora, settings["model.path"]) if lora and settings["lora.export"] == "adapter" else None
+    dtype = torch.float32 if adapter else getattr(torch, settings["train.export_dtype"])
     export(
-        model, base.path, Path(settings["train.output_dir"]) / "final", getattr(torch, settings["train.export_dtype"]),
-        model_card(facts, evaluation), rank, chat_template=base.template.source if base.template.is_default else None,
-        eos_id=base.tokenizer.eos_id,
-        finish=partial(write_frame, inputs.frame),
+        model, base.path, Path(settings["train.output_dir"]) / "final", dtype, model_card(facts, evaluation), rank,
+        chat_template=base.template.source if base.template.is_default else None, eos_id=base.tokenizer.eos_id,
+        adapter=adapter, finish=partial(write_frame, inputs.frame),
     )  # fmt: skip
 
 
@@ -88,13 +96,17 @@ def finish(facts: dict[str, Any], first: dict[str, float | None], last: dict[str
         curves = str(plot(output))
     except (ImportError, OSError, ValueError) as error:
         curves = f"not drawn: {error}"
+    is_adapter = settings["lora.export"] == "adapter"
+    layout = "PEFT's adapter, float32" if is_adapter else f"Hugging Face layout, {settings['train.export_dtype']}"
     lines += [
-        f"  model     {output / 'final'}  (Hugging Face layout, {settings['train.export_dtype']})",
+        f"  model     {output / 'final'}  ({layout})",
         f"  metrics   {output / 'metrics.jsonl'}",
         f"  curves    {curves}",
-        "next:",
-        f"  {shlex.join(['python', '-m', 'notus.generate', '--model', str(output / 'final')])}",
     ]
+    if is_adapter:
+        base = f"AutoModelForCausalLM.from_pretrained({settings['model.path']!r})"
+        return "\n".join([*lines, "next:", f"  peft.PeftModel.from_pretrained({base}, {str(output / 'final')!r})"])
+    lines += ["next:", f"  {shlex.join(['python', '-m', 'notus.generate', '--model', str(output / 'final')])}"]
     if last:
         size = settings["data.test_size"]
         data = [*settings["data.train"], "--test-size", str(size)] if size else settings["data.test"]

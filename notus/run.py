@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,9 +35,10 @@ from notus import config as configuration
 from notus.base import Base, Frame, read_base
 from notus.checkpoint import Checkpoints
 from notus.config import Config
-from notus.cost import GIB, Job, least_recomputation, num_parameters, scored_share
+from notus.cost import GIB, Job, least_recomputation, num_adapter_parameters, num_parameters, scored_share
 from notus.distributed import World, from_rank_zero, on_rank_zero, rank, world_size
 from notus.files import file_digest, lock, make_folder, read_json, text_digest, write_atomically
+from notus.lora import LoRA
 from notus.optim import schedule_notes
 from notus.packing import steps_per_epoch
 from notus.tokens import PairSet, load_pairs
@@ -69,6 +70,10 @@ class Run:
             self.checkpoints.load(self.manifest, model, optimizer)
 
     @property
+    def lora(self) -> LoRA | None:
+        return lora_of(self.facts["settings"])
+
+    @property
     def epoch_steps(self) -> int:
         return self.facts["steps"] // self.facts["settings"]["train.num_train_epochs"]
 
@@ -84,8 +89,11 @@ class Run:
     def disk_notes(self, inputs: "Inputs") -> list[str]:
         """Whether the disk has room for what the run will write: one more checkpoint than are kept, and the result."""
         settings, parameters = self.facts["settings"], sum(num_parameters(inputs.base.dims))
-        checkpoint = parameters * (12 if settings["train.optimizer"] == "adamw" else 8)
+        trained = num_adapter_parameters(inputs.base.dims, self.lora) or parameters
+        checkpoint = trained * (12 if settings["train.optimizer"] == "adamw" else 8)
         result = parameters * (2 if settings["train.export_dtype"] == "bfloat16" else 4)
+        if settings["lora.export"] == "adapter":
+            result = 4 * trained
         kept = len(self.checkpoints.complete())
         needed = checkpoint * max(1, settings["train.keep_checkpoints"] + 1 - kept) + result
         free = shutil.disk_usage(self.output).free
@@ -130,6 +138,7 @@ class Inputs(NamedTuple):
     train: PairSet
     test: PairSet  # may be empty
     notes: list[str]  # what the user should know, a sentence each
+    reference: Base  # `base` itself, unless dpo.reference names another
 
 
 def read_inputs(config: Config, fresh: bool = False, need_weights: bool = True) -> Inputs:
@@ -139,6 +148,10 @@ def read_inputs(config: Config, fresh: bool = False, need_weights: bool = True) 
     find_run(config.train.output_dir, fresh)
     data = config.data
     base = read_base(config.model.path, need_weights)
+    reference = base
+    if config.dpo.reference and os.path.realpath(config.dpo.reference) != os.path.realpath(config.model.path):
+        reference = read_base(config.dpo.reference, need_weights)
+        check_same_ids(base, reference)
     system_prompt = data.system_prompt if data.insert_system else None
     frame = Frame(data.bos, system_prompt, data.max_length, data.max_prompt_length, config.dpo.beta)
     notes = [*base.notes, *base.frame_notes(frame)]
@@ -155,7 +168,25 @@ def read_inputs(config: Config, fresh: bool = False, need_weights: bool = True) 
         notes.append(f"{both:,} of {len(test):,} held-out pairs are also trained on, so held-out figures say less")
     steps = total_steps(config, train)
     notes += schedule_notes(config.train.optimizer, math.ceil(config.train.warmup_ratio * steps), steps)
-    return Inputs(base, frame, train, test, notes)
+    return Inputs(base, frame, train, test, notes, reference)
+
+
+def check_same_ids(base: Base, reference: Base) -> None:
+    """The reference reads the ids that the policy's tokenizer made, so they must mean the same to it: ValueError."""
+    if base.tokenizer.vocab_size > reference.dims.vocab_size:
+        raise ValueError(
+            f"{reference.path}: as dpo.reference it must read the ids of {base.path}, whose tokenizer has "
+            f"{base.tokenizer.vocab_size:,}, but its embedding has {reference.dims.vocab_size:,} rows"
+        )
+    if base.tokenizer.identity == reference.tokenizer.identity:
+        return
+    for i in range(base.tokenizer.vocab_size):
+        texts = [b.tokenizer.decode([i, i], skip_special_tokens=False) for b in (base, reference)]  # twice: with spaces
+        if texts[0] != texts[1]:
+            raise ValueError(
+                f"{reference.path}: as dpo.reference it must read the ids of {base.path}, but id {i} twice is "
+                f"{texts[1]!r} here and {texts[0]!r} there: the two have different tokenizers"
+            )
 
 
 def total_steps(config: Config, pairs: PairSet) -> int:
@@ -175,6 +206,10 @@ def open_run(config: Config, inputs: Inputs, world: World, fresh: bool, held: Ex
         "test_pairs": len(inputs.test),
         "steps": total_steps(config, inputs.train),
     }
+    facts["reference_sha256"] = facts["model_sha256"]
+    if inputs.reference is not inputs.base:
+        facts["reference_sha256"] = digest(inputs.reference.path, world)
+        facts["reference_dims"] = asdict(inputs.reference.dims)
     facts["identity"] = identity = json.loads(json.dumps(identity_of(config, inputs.base, facts)))
     facts["identity_sha256"] = text_digest(json.dumps(identity))
     if unfinished:
@@ -209,12 +244,14 @@ def open_run(config: Config, inputs: Inputs, world: World, fresh: bool, held: Ex
 def identity_of(config: Config, base: Base, facts: dict[str, Any]) -> dict[str, Any]:
     """By name, everything that decides the numbers of a run. A run is resumed only while all of it stays as it is."""
     data = facts["data_sha256"]
+    another = ("sha256", "dims") if "reference_dims" in facts else ()
     return {
         **configuration.identity(config),
         "sha256 of data.train": [data[path] for path in config.data.train],
         "sha256 of data.test": [data[path] for path in config.data.test],
         "sha256 of the weights": facts["model_sha256"],
         **base.identity,
+        **{f"{name} of another reference": facts[f"reference_{name}"] for name in another},
     }
 
 
@@ -303,6 +340,12 @@ def environment(files: Sequence[str | Path]) -> dict[str, Any]:
     }
 
 
+def lora_of(settings: dict[str, Any]) -> LoRA | None:
+    """From settings by name. None where all weights are trained."""
+    rank, alpha, targets = (settings[f"lora.{name}"] for name in LoRA._fields)
+    return LoRA(rank, alpha, tuple(targets)) if rank else None
+
+
 def job_of(config: Config, num_gpus: int) -> Job:
     """The settings that decide what a run costs."""
     setup = config.train
@@ -311,7 +354,7 @@ def job_of(config: Config, num_gpus: int) -> Job:
         optimizer=setup.optimizer, micro_batch_tokens=setup.micro_batch_tokens,
         activation_checkpointing=setup.activation_checkpointing, compile=setup.compile,
         cpu_offload=config.distributed.cpu_offload, num_train_epochs=setup.num_train_epochs,
-        pairs_per_step=setup.pairs_per_step, eval_steps=setup.eval_steps,
+        pairs_per_step=setup.pairs_per_step, eval_steps=setup.eval_steps, lora=lora_of(configuration.flat(config)),
     )  # fmt: skip
 
 

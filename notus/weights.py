@@ -20,11 +20,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from notus.dims import MistralConfig, other_layout
-from notus.distributed import World, full_tensor
+from notus.distributed import World, full_tensor, local_rows
 from notus.files import file_digest, fsync, read_json, refuse_pointer, text_digest
+from notus.lora import LoRALinear, lora_layers, merged, peft_tensors
 from notus.model import Mistral
 
 COPIED = (
@@ -170,19 +170,21 @@ def _check_tensor(path: Path, name: str, tensor: Any, shape: tuple[int, ...]) ->
 def load_weights(model: Mistral, model_dir: str | Path, device: torch.device) -> None:
     """Fill a `meta_model`, sharded or not, on `device`. Every rank reads its own rows and no others.
 
-    The model keeps its dtype, whatever the files hold. It is float32 for training, because at a learning rate of 5e-7
-    bfloat16 weights would hardly move. If the model is sharded, all ranks call. ValueError if a weight is NaN or
-    infinite, or if the head of a tied model differs from its embedding: the same on every rank, so that none hangs.
+    The model keeps its dtype, whatever the files hold. Weights to train are float32, because at a learning rate of 5e-7
+    bfloat16 weights would hardly move. LoRA's matrices are in no file, and are not filled here. If the model is
+    sharded, all ranks call. ValueError if a weight is NaN or infinite, or if the head of a tied model differs from its
+    embedding: the same on every rank, so that none hangs.
     """
 
     def fill() -> None:
         files, _ = check_weights(model_dir, model.config)
         model.to_empty(device=device)
         opened: tuple[Path, Any] | None = None
-        for name, parameter in sorted(model.named_parameters(), key=lambda item: (files[item[0]], item[0])):
+        of_base = [(name, parameter) for name, parameter in model.named_parameters() if name in files]  # not LoRA's
+        for name, parameter in sorted(of_base, key=lambda item: (files[item[0]], item[0])):
             if opened is None or opened[0] != files[name]:
                 opened = files[name], _open(files[name])
-            local, rows = _local_rows(parameter)
+            local, rows = local_rows(parameter)
             held = opened[1].get_slice(name)[rows]
             local.copy_(held)
             _check_finite(files[name], name, local)
@@ -190,14 +192,6 @@ def load_weights(model: Mistral, model_dir: str | Path, device: torch.device) ->
                 _check_tied(files[HEAD], held, _open(files[HEAD]).get_slice(HEAD)[rows])
 
     _on_every_rank(_num_ranks(model), fill)
-
-
-def _local_rows(parameter: Tensor) -> tuple[Tensor, slice]:
-    """The part of a parameter that this rank holds, and which rows of the whole it is."""
-    if not isinstance(parameter, DTensor):
-        return parameter, slice(None)
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return parameter.to_local(), slice(offset[0], offset[0] + shape[0])
 
 
 def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
@@ -301,6 +295,7 @@ def export(
     *,
     eos_id: int,
     chat_template: str | None = None,
+    adapter: dict[str, Any] | None = None,
     finish: Callable[[Path], None] = lambda _: None,
 ) -> None:
     """Write a directory that every Hugging Face tool loads. All ranks call; rank 0 writes.
@@ -308,7 +303,8 @@ def export(
     Tokenizer files are copied byte for byte from the base, config.json key for key (dtype and use_cache aside).
     `chat_template` is the template of training, if the base's own files do not hold it. generation_config.json stops at
     `eos_id`, the token that ended the answers in training. `finish` is called with the directory when all this is in
-    it, and may add to it.
+    it, and may add to it. What LoRA has learned is added to the weights; or, with PEFT's adapter_config.json as
+    `adapter`, it is written alone, in PEFT's layout.
 
     The directory is built under a temporary name, and renamed when it is complete and on disk.
     """
@@ -324,17 +320,25 @@ def export(
             shutil.copyfile(path, building / path.name)
         if MistralConfig.read(base_dir) != model.config:
             raise ValueError(f"{base_dir / 'config.json'}: has changed since training began")
-        config = exported_config(read_json(base_dir / "config.json"), dtype)
-        texts = {"config.json": json.dumps(config, indent=2) + "\n", "README.md": card}
+        configs = {"adapter_config.json": adapter}
+        if adapter is None:
+            configs = {
+                "config.json": exported_config(read_json(base_dir / "config.json"), dtype),
+                "generation_config.json": exported_generation_config(base_dir, eos_id),
+            }
+        texts = {name: json.dumps(config, indent=2) + "\n" for name, config in configs.items() if config} | {
+            "README.md": card
+        }
         if chat_template is not None:
             texts["chat_template.jinja"] = chat_template
-        if generation := exported_generation_config(base_dir, eos_id):
-            texts["generation_config.json"] = json.dumps(generation, indent=2) + "\n"
         for name, text in texts.items():
             (building / name).write_text(text, encoding="utf-8")
 
     _on_every_rank(_num_ranks(model), prepare)  # an error on rank 0 must not leave the others waiting for its tensors
-    write_weights(model, building, dtype, rank, max_shard_bytes)
+    if adapter is None:
+        write_weights(model, building, dtype, rank, max_shard_bytes)
+    else:
+        _write_file(building / "adapter_model.safetensors", peft_tensors(model), dtype, rank)
     if rank == 0:
         finish(building)
         for path in building.iterdir():
@@ -409,11 +413,15 @@ def generation_config(model_dir: str | Path) -> tuple[dict[str, Any], list[int]]
 
 
 def write_weights(model: Mistral, directory: Path, dtype: torch.dtype, rank: int, max_shard_bytes: int) -> None:
-    """Write model.safetensors. If it would exceed `max_shard_bytes`, write model-0000k-of-0000n.safetensors and their
-    index instead. All ranks call; rank 0 writes."""
+    """Write model.safetensors, with LoRA merged in. If it would exceed `max_shard_bytes`, write
+    model-0000k-of-0000n.safetensors and their index instead. All ranks call; rank 0 writes."""
+    layers = {f"{name}.weight": layer for name, layer in lora_layers(model).items()}
+    own = {id(matrix) for layer in layers.values() for matrix in (layer.lora_a, layer.lora_b)}
     shards: list[list[tuple[str, Tensor]]] = [[]]
     filled = total = 0
     for name, parameter in model.named_parameters():
+        if id(parameter) in own:
+            continue
         size = parameter.numel() * dtype.itemsize
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
@@ -431,17 +439,27 @@ def write_weights(model: Mistral, directory: Path, dtype: torch.dtype, rank: int
         if rank == 0:
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, shard in zip(files, shards, strict=True):
-        chunks = _safetensors(shard, dtype)
-        if rank == 0:
-            with (directory / file).open("wb") as out:
-                for chunk in chunks:
-                    out.write(chunk)
-        else:
-            for _ in chunks:  # rank 0 needs this rank's part of each tensor
-                pass
+        _write_file(directory / file, shard, dtype, rank, layers)
 
 
-def _safetensors(tensors: list[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[bytes | memoryview]:
+def _write_file(
+    path: Path, tensors: list[tuple[str, Tensor]], dtype: torch.dtype, rank: int,
+    layers: Mapping[str, LoRALinear] | None = None,
+) -> None:  # fmt: skip
+    """`layers`: those whose weight is written with LoRA merged in, by its name."""
+    chunks = _safetensors(tensors, dtype, layers or {})
+    if rank == 0:
+        with path.open("wb") as out:
+            for chunk in chunks:
+                out.write(chunk)
+    else:
+        for _ in chunks:  # rank 0 needs this rank's part of each tensor
+            pass
+
+
+def _safetensors(
+    tensors: list[tuple[str, Tensor]], dtype: torch.dtype, layers: Mapping[str, LoRALinear]
+) -> Iterator[bytes | memoryview]:
     """The bytes of a .safetensors file (https://github.com/huggingface/safetensors), one tensor in memory at a time.
 
     They are the length of the header (u64, little-endian), the header as JSON padded to 8 bytes, then the tensors.
@@ -455,6 +473,7 @@ def _safetensors(tensors: list[tuple[str, Tensor]], dtype: torch.dtype) -> Itera
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for _, tensor in tensors:
-        whole = full_tensor(tensor.detach()).to(dtype).cpu().contiguous()
+    for name, tensor in tensors:
+        whole = merged(layers[name]) if name in layers else full_tensor(tensor.detach())
+        whole = whole.to(dtype).cpu().contiguous()
         yield whole.view(-1).view(torch.uint8).numpy().data

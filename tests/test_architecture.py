@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [  # a file imports only from files above it
     *("files", "config", "chat", "tokenizer", "rows", "tokens", "packing", "attention", "logprobs", "dims", "model"),
     "losses",
-    *("distributed", "weights", "base", "cost", "optim", "checkpoint", "metrics", "run", "reference"),
+    *("distributed", "lora", "weights", "base", "cost", "optim", "checkpoint", "metrics", "run", "reference"),
 ]
 LEAVES = ["report", "card", "plan", "generate", "evaluate", "plot", "demo", "explain"]  # only train.py imports them
 EXCEPT = {  # of the leaves

@@ -32,6 +32,28 @@ def parse(card: str) -> tuple[dict, str]:
     return yaml.safe_load(front), body
 
 
+@pytest.mark.parametrize("exported", ["merged", "adapter"])
+def test_lora_is_said(exported: str):
+    settings = ("lora.rank=64", f"lora.export={exported}", "train.export_dtype=bfloat16", "train.schedule=cosine")
+    front, body = parse(model_card(facts_of(*settings), METRICS))
+    is_adapter = exported == "adapter"
+    assert front["library_name"] == ("peft" if is_adapter else "transformers")
+    assert front["tags"] == ["dpo", "preference", "notus", "lora"]
+    what = "the adapter alone is here" if is_adapter else "merged"
+    assert f"| trained | LoRA, rank 64, alpha 16, on q_proj, k_proj, v_proj, o_proj; {what} |" in body
+    kept = "float32 LoRA weights, the rest frozen in bfloat16"
+    assert f"bfloat16 compute, {kept}; exported in {'float32' if is_adapter else 'bfloat16'}" in body
+    assert "| schedule | cosine, warmup over 10% of 2,889 steps |" in body
+    assert "| trained | all weights |" in model_card(facts_of(), METRICS)
+
+
+def test_another_reference_is_said():
+    card = model_card(facts_of("dpo.reference=models/pi_0", reference_sha256="cd" * 32), METRICS)
+    assert f"Weights of the reference, `pi_0`: `{'cd' * 32}`." in card
+    assert "log-prob under the reference)" in card.replace("\n", " ")
+    assert "log-prob under the base)" in model_card(facts_of(), METRICS).replace("\n", " ")
+
+
 def test_front_matter_names_the_base_and_how_to_load_it():
     front, _ = parse(model_card(facts_of(), METRICS))
     assert front == {

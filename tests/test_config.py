@@ -26,7 +26,8 @@ def minimal(tmp_path):
 
 
 def test_shipped_configs_are_there():
-    assert {path.stem for path in SHIPPED} == {"demo", "notus-7b-v1", "notus-7b-v1-a100-40gb", "zephyr-7b-beta"}
+    recipes = {"notus-7b-v1", "notus-7b-v1-a100-40gb", "notus-7b-v1-lora", "zephyr-7b-beta", "zephyr-7b-2024"}
+    assert {path.stem for path in SHIPPED} == {"demo", *recipes}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -42,9 +43,25 @@ def test_a_shipped_line_changes_a_value_or_has_a_comment(path):
 
 
 def test_the_recipe_names_its_optimizer():
-    """The default is adamw, which is not what Notus and Zephyr used."""
+    """The default is adamw, which is not what Notus and Zephyr of 2023 used."""
     assert config.SETTINGS["train.optimizer"].default == "adamw"
-    assert {config.load(path).train.optimizer for path in SHIPPED} == {"rmsprop"}
+    named = {path.stem: config.load(path).train.optimizer for path in SHIPPED}
+    assert named == dict.fromkeys(named, "rmsprop") | {"zephyr-7b-2024": "adamw"}
+
+
+def test_the_handbooks_recipe_of_2024_beside_that_of_2023():
+    """recipes/zephyr-7b-beta/dpo/config_full.yaml: beta 0.01, adamw_torch, cosine, one epoch, 8 x 8 x 2 pairs."""
+    new = config.load(config.CONFIGS / "zephyr-7b-2024.toml")
+    assert (new.dpo.beta, new.train.optimizer, new.train.schedule) == (0.01, "adamw", "cosine")
+    assert (new.train.num_train_epochs, new.train.pairs_per_step, new.train.learning_rate) == (1, 128, 5e-7)
+    assert (new.data.max_length, new.data.max_prompt_length, new.train.warmup_ratio) == (1024, 512, 0.1)
+    old = config.load(config.CONFIGS / "zephyr-7b-beta.toml")
+    assert (old.dpo.beta, old.train.optimizer, old.train.schedule) == (0.1, "rmsprop", "linear")
+
+
+def test_a_lora_run_differs_from_the_recipe_by_lora_and_its_folder():
+    full, lora = (config.flat(config.load(config.CONFIGS / f"notus-7b-v1{suffix}.toml")) for suffix in ("", "-lora"))
+    assert {name for name in full if full[name] != lora[name]} == {"lora.rank", "train.output_dir"}
 
 
 def test_the_40_gb_run_is_the_same_run():
@@ -105,7 +122,8 @@ def test_a_file_with_a_byte_order_mark_is_read(minimal):
 def test_home_is_expanded_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     names = [name for name, f in config.SETTINGS.items() if f.metadata["path"]]
-    assert names == [n for n in config.SETTINGS if n in ("data.train", "data.test") or n.endswith(("path", "_dir"))]
+    plain = ("data.train", "data.test", "dpo.reference")
+    assert names == [n for n in config.SETTINGS if n in plain or n.endswith(("path", "_dir"))]
     path = tmp_path / "home.toml"
     path.write_text("".join(f'{name} = "~/{name}"\n' for name in names) + 'data.system_prompt = "~"\n')
     for c in (config.load(path), config.load("~/home.toml", [f"{name}=~/{name}" for name in names])):
@@ -223,6 +241,13 @@ def test_refused_words(words, message):
     assert str(error.value).startswith("command line: ") and message in str(error.value)
 
 
+def test_lora_without_a_target_is_refused(minimal):
+    with pytest.raises(ValueError, match=r"lora\.rank = 8, but lora\.targets is empty, so nothing would be trained"):
+        config.load(minimal, ["lora.rank=8", "lora.targets=[]"])
+    assert config.load(minimal, ["lora.rank=8", "lora.targets=up_proj"]).lora.targets == ("up_proj",)
+    assert config.load(minimal, ["dpo.reference="]).dpo.reference == ""
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +261,14 @@ def test_refused_words(words, message):
         ("train.beta=0.1", "did you mean dpo.beta?"),
         ("beta=0.1", "did you mean dpo.beta?"),
         ("train.lr=0.1", "unknown setting train.lr; [train] has output_dir, learning_rate,"),
-        ("log.to=x", "sections are model, data, dpo, train, reference"),
+        ("train.schedule=constant", 'train.schedule must be "linear" or "cosine", not \'constant\''),
+        ("lora.rank=-1", "lora.rank = -1 is outside [0, inf)"),
+        ("lora.alpha=0", "lora.alpha = 0.0 is outside (0, inf)"),
+        ("lora.targets=qproj", "lora.targets has 'qproj'; linear layers: q_proj, k_proj, v_proj, o_proj, gate_proj,"),
+        ("lora.targets=[7]", "lora.targets must be a text or a list of texts, not [7]"),
+        ("lora.targets=['']", "lora.targets must be a text or a list of texts, not ['']"),
+        ("lora.export=adapter", 'lora.export = "adapter", but lora.rank = 0: there is no adapter without LoRA'),
+        ("log.to=x", "sections are model, data, dpo, lora, train, reference"),
         ("--config=x.toml", "unknown setting config; give one config file, as the first word, without a flag"),
         ("extends=x.toml", "unknown setting extends; write extends in a file, above its first [section]"),
         ("dpo.beta=true", "dpo.beta must be a number, not True"),

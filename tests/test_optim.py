@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from notus.optim import lr_at, make_optimizer, schedule_notes
 
@@ -16,6 +16,16 @@ def test_lr_is_hugging_faces_linear_schedule_at_every_step(total: int, warmup: i
     (factor,) = get_linear_schedule_with_warmup(optimizer, warmup, total).lr_lambdas
     for step in range(total + 3):  # past the end it stays at 0
         assert lr_at(step, total, warmup, PEAK) == pytest.approx(PEAK * factor(step), rel=1e-12, abs=0.0)
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(478, 48), (10, 0), (10, 1), (7, 6), (5, 5), (1, 0), (4, 9)])
+def test_lr_is_hugging_faces_cosine_schedule_at_every_step(total: int, warmup: int):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=PEAK)
+    (factor,) = get_cosine_schedule_with_warmup(optimizer, warmup, total).lr_lambdas
+    for step in range(total):  # past the end theirs rises again
+        ours = lr_at(step, total, warmup, PEAK, "cosine")
+        assert ours == pytest.approx(PEAK * factor(step), rel=1e-9, abs=1e-12 * PEAK)
+    assert lr_at(max(total, warmup), total, warmup, PEAK, "cosine") == 0.0
 
 
 def rmsprop_moves(steps: int) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from notus import config as configuration
 from notus import plan
 from notus.cost import DEVICES, forward_flops, memory_gib, num_parameters, scored_share, traffic_bytes
 from notus.distributed import World
+from notus.lora import TARGETS
 from notus.losses import dpo_loss
 from notus.metrics import duration
 from notus.model import RECOMPUTE, pair_logps
@@ -37,7 +38,7 @@ def pairs_of(count: int, lengths: tuple[int, int, int] = AVERAGE) -> np.ndarray:
 # --- the report ----------------------------------------------------------------------------------------------------
 
 
-def report_of(*overrides: str, train=None, test=None, num_gpus: int = 8, devices=tuple(DEVICES)) -> str:
+def report_of(*overrides: str, train=None, test=None, num_gpus: int = 8, devices=DEVICES) -> str:
     job = job_of(configuration.load(RECIPE, list(overrides)), num_gpus)
     train = pairs_of(6400) if train is None else train
     return describe_cost(MISTRAL_7B, job, train, pairs_of(0) if test is None else test, devices)
@@ -49,8 +50,16 @@ def memory(level: str, *overrides: str, lengths: tuple[int, int, int] = AVERAGE,
 
 
 def rows(report: str) -> dict[str, list[str]]:
-    """device -> [level, GiB needed, GiB there, MFU, time, pairs/s, MFU for 90 minutes, compute s, traffic s, ...]"""
-    return {words[0]: words[1:] for words in map(str.split, report.splitlines()) if words[0] in DEVICES}
+    """device -> [level, GiB needed, GiB there, MFU, time, pairs/s, seconds of: compute, links, host link, CPU; and, if
+    the job does not fit, the sentence that says what helps]"""
+    found: dict[str, list[str]] = {}
+    for line in report.splitlines():
+        words = line.split()
+        if words[0] in DEVICES:
+            found[words[0]] = words[1:]
+        elif line.startswith("            does not fit"):
+            found[list(found)[-1]].append(line.strip())
+    return found
 
 
 def test_the_report_adds_up():
@@ -69,7 +78,7 @@ def test_the_report_adds_up():
     for level in RECOMPUTE[1:]:
         assert f"{sum(memory(level).values()):.2f} GiB  in all, recomputing {level}" in report
     assert "evaluations" not in report_of(train=train)
-    assert "has not run on a GPU yet" in report
+    assert "notus has not run on one yet" in report
 
 
 @pytest.mark.parametrize("lengths", [AVERAGE, PROMPTS, ANSWERS], ids=str)
@@ -110,13 +119,17 @@ def test_long_prompts_and_long_answers_of_as_many_tokens_can_take_other_levels()
 def test_a_configured_level_is_kept_even_where_it_does_not_fit():
     found = rows(report_of("train.activation_checkpointing=none"))
     assert {row[0] for row in found.values()} == {"none"}
-    assert {name for name, row in found.items() if "fit:" in row} == {"A100-40GB"}
+    too_small = {name for name, device in DEVICES.items() if device.memory_gib < 55}
+    assert {name for name, row in found.items() if "does not fit" in row[-1]} == too_small
+    assert "A100-40GB" in too_small and "A100-80GB" not in too_small
 
 
 def test_time_is_flops_over_the_assumed_rate_where_compute_is_the_longer():
     """100 steps of 64 pairs, by division."""
     forward = 6400 * float(forward_flops(MISTRAL_7B, pairs_of(1))[0])
-    for name, (level, _, _, mfu, took, pairs, ninety, compute, _) in rows(report_of()).items():
+    for name, (level, _, _, mfu, took, pairs, compute, *_) in rows(report_of()).items():
+        if DEVICES[name].link_bytes < 300e9:  # there the traffic takes longer
+            continue
         assert float(mfu[:-1]) / 100 == DEVICES[name].mfu
         rate = DEVICES[name].peak_flops * 8 * DEVICES[name].mfu
         again = {"none": 0, "half": 1 / 2}[level]  # of a forward pass: here the A100-40GB recomputes half
@@ -124,9 +137,8 @@ def test_time_is_flops_over_the_assumed_rate_where_compute_is_the_longer():
         assert float(pairs) == pytest.approx(64 / ((3 + again) * forward / 100 / rate), rel=0.005)
         whole = (3 * (3 + again) + 1) * forward  # 3 epochs, and the reference
         assert took == duration(whole / rate)
-        assert float(ninety[:-1]) == pytest.approx(100 * whole / (DEVICES[name].peak_flops * 8 * 5400), abs=0.5)
     full = rows(report_of("train.activation_checkpointing=full"))["H200"]
-    assert float(full[7]) == pytest.approx(4 / 3 * float(rows(report_of())["H200"][7]), abs=0.001)
+    assert float(full[6]) == pytest.approx(4 / 3 * float(rows(report_of())["H200"][6]), abs=0.001)
 
 
 def test_a_step_takes_as_long_as_its_traffic_where_that_is_longer():
@@ -135,9 +147,11 @@ def test_a_step_takes_as_long_as_its_traffic_where_that_is_longer():
     for micro_batches, tokens in ((1, 8192), (60, 100)):
         report = report_of(f"train.micro_batch_tokens={tokens}")
         assert f"5,920 a GPU and step, in {micro_batches} micro-batch" in report
-        for name, (*_, pairs, _, compute, traffic) in rows(report).items():
+        for name, (_, _, _, _, _, pairs, compute, traffic, host, cpu, *_) in rows(report).items():
             assert float(traffic) == pytest.approx(micro_batches * one / DEVICES[name].link_bytes, abs=0.001)
-            assert (float(traffic) > float(compute)) == (micro_batches == 60)
+            assert float(host) == float(cpu) == 0.0
+            if DEVICES[name].link_bytes >= 300e9:
+                assert (float(traffic) > float(compute)) == (micro_batches == 60)
             if micro_batches == 60:
                 assert float(pairs) == pytest.approx(64 / float(traffic), rel=0.01)
 
@@ -145,7 +159,7 @@ def test_a_step_takes_as_long_as_its_traffic_where_that_is_longer():
 def test_one_gpu_sends_nothing_and_copies_of_the_model_gather_within_themselves():
     assert traffic_bytes(MISTRAL_7B, 1, torch.bfloat16) == 0
     one, two = (report_of(f"distributed.replicate={copies}", num_gpus=8 * copies) for copies in (1, 2))
-    assert [row[8] for row in rows(one).values()] == [row[8] for row in rows(two).values()]
+    assert [row[7] for row in rows(one).values()] == [row[7] for row in rows(two).values()]
     assert [row[:3] for row in rows(one).values()] == [row[:3] for row in rows(two).values()]
     with pytest.raises(ValueError, match=r"12 GPUs cannot hold distributed.replicate = 5"):
         report_of("distributed.replicate=5", num_gpus=12)
@@ -153,7 +167,86 @@ def test_one_gpu_sends_nothing_and_copies_of_the_model_gather_within_themselves(
 
 def test_more_gpus_than_pairs_are_not_busy():
     few = rows(report_of("train.pairs_per_step=4"))["H200"]
-    assert few[7] == rows(report_of("train.pairs_per_step=8"))["H200"][7]  # a pair each, in the time of a pair
+    assert few[6] == rows(report_of("train.pairs_per_step=8"))["H200"][6]  # a pair each, in the time of a pair
+
+
+def test_offload_costs_pcie_and_the_optimizers_step_on_the_cpu():
+    """A 7B on one GPU: 27 GiB of shards go up twice and their gradients come down once, for each micro-batch; then the
+    CPU moves 70 bytes a parameter of RMSprop. So it is slower than without, never faster."""
+    number = 7_241_732_096
+    overrides = ("distributed.cpu_offload=true", "train.micro_batch_tokens=8192")
+    offloaded, plain = (rows(report_of(*some, num_gpus=1)) for some in (overrides, overrides[1:]))
+    micro_batches = 6
+    for name, (_, needed, _, _, _, pairs, compute, links, host, cpu, *_) in offloaded.items():
+        layers = number - 262_148_096  # embedding, norm and head stay gathered
+        moved = micro_batches * 4 * (2 * layers + 262_148_096 + number)
+        assert float(host) == pytest.approx(moved / DEVICES[name].host_bytes, rel=1e-3)
+        assert float(cpu) == pytest.approx(number * 70 / 50e9, abs=1e-3)
+        assert float(links) == 0.0
+        assert float(pairs) == pytest.approx(64 / (max(float(compute), float(host)) + float(cpu)), rel=0.01)
+        assert float(needed) < float(plain[name][1])
+        same_level = plain[name][0] == offloaded[name][0]
+        assert not same_level or float(pairs) < float(plain[name][5])
+    eight = rows(report_of(*overrides, num_gpus=8))["A100-80GB"]
+    assert float(eight[9]) == float(offloaded["A100-80GB"][9])  # one host updates the whole model, however it is cut
+    assert float(rows(report_of(*overrides, "train.optimizer=adamw", num_gpus=1))["A10"][9]) == pytest.approx(
+        number * 114 / 50e9, abs=1e-3
+    )
+
+
+def fits(gpus: int, device: str, *overrides: str) -> bool:
+    needed = rows(report_of(*overrides, num_gpus=gpus))[device][1]
+    return float(needed) + 3.0 <= DEVICES[device].memory_gib
+
+
+def test_what_helps_is_named_and_helps():
+    """A 7B with all weights trained never fits one card of 80 GB: 80.9 GiB before any activation. The planner names
+    three ways out, and each of them fits by its own report."""
+    for device in ("A100-80GB", "RTX-4090", "A10"):
+        (sentence,) = [row[-1] for name, row in rows(report_of(num_gpus=1)).items() if name == device]
+        assert sentence.startswith("does not fit; it would with lora.rank=16, or distributed.cpu_offload=true, or ")
+        ways = sentence.partition(" with ")[2].split(", or ")
+        assert len(ways) == 3 and not fits(1, device)
+        for way in ways[:2]:
+            assert fits(1, device, *way.replace(" with ", " ").split())
+        count = int(ways[2].split()[0])
+        assert fits(count, device, *ways[2].partition(" with ")[2].split())
+        assert not fits(count // 2, device, "train.micro_batch_tokens=740", "train.activation_checkpointing=full")
+
+
+def test_smaller_micro_batches_come_first_because_they_change_nothing():
+    overrides = "train.micro_batch_tokens=60000"
+    sentence = rows(report_of(overrides))["A100-40GB"][-1]
+    assert sentence == "does not fit; it would with train.micro_batch_tokens=30000"
+    assert fits(8, "A100-40GB", "train.micro_batch_tokens=30000") and not fits(8, "A100-40GB", overrides)
+    kept = rows(report_of("train.activation_checkpointing=none"))["A100-40GB"][-1]
+    assert kept == "does not fit; it would with train.activation_checkpointing=auto"
+    assert fits(8, "A100-40GB", "train.activation_checkpointing=auto")
+
+
+def test_where_nothing_helps_that_is_said():
+    tiny = plan.device_of(1.0, 20e12)
+    assert "does not fit; it would with none of notus's means" in report_of(devices=tiny, num_gpus=1)
+
+
+def test_lora_is_planned_with_its_own_arithmetic():
+    """Frozen weights take two thirds of the FLOPs, and 2 bytes each. LoRA's take 12, and nothing is gathered."""
+    report = report_of("lora.rank=64", "train.micro_batch_tokens=4096", num_gpus=1, devices={"A10": DEVICES["A10"]})
+    assert "parameters  7,241,732,096 frozen; LoRA trains 54,525,952 more" in report
+    assert f"{2 * 7_241_732_096 / 2**30:.2f} GiB  frozen weights, bfloat16 shard" in report
+    assert report.count(f"{4 * 54_525_952 / 2**30:.2f} GiB  ") == 3
+    full, lora = (float(rows(report_of(*some, num_gpus=1))["H200"][6]) for some in ((), ("lora.rank=1",)))
+    assert 0.66 < lora / full < 0.7
+
+
+def test_notus_first_experiment_fits_a_card_of_24_gb():
+    """configs/notus-7b-v1-lora.toml on one GPU takes at most 22 GiB, with what is left free."""
+    config = configuration.load(configuration.CONFIGS / "notus-7b-v1-lora.toml")
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (64, 16.0, TARGETS[:4])
+    found = rows(describe_cost(MISTRAL_7B, job_of(config, 1), pairs_of(61_619), pairs_of(0)))
+    for device in ("A10", "RTX-3090", "RTX-4090"):
+        assert "does not fit" not in found[device][-1]
+        assert float(found[device][1]) + 3.0 <= 22.0
 
 
 def test_a_float32_run_is_predicted_within_a_factor_of_two_of_the_measured():
@@ -216,6 +309,11 @@ def test_its_arguments(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert list(rows(report)) == ["H200", "B200"]
     assert plan.main([str(RECIPE), "--gpus", "4", "train.pairs_per_step=32"]) == 0
     assert "32 each" in capsys.readouterr().out
+    assert plan.main([str(RECIPE), "--memory", "16", "--flops", "80e12"]) == 0
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  this GPU")]
+    assert (row[4], row[5]) == ("16.0", "40%")
+    compute = [float(rows(report_of())["A10"][6]), float(row[8])]
+    assert compute[1] / compute[0] == pytest.approx(125 / 80, rel=0.01)
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -246,6 +344,9 @@ def test_a_file_may_have_an_equals_sign_in_its_path(elsewhere: Path, capsys: pyt
         (["RECIPE", "--pairs", "0"], "--pairs 0: must be from 1 to 100,000,000"),
         (["RECIPE", "--gpus", "99999999999999999999"], "--gpus 99999999999999999999: must be from 1 to 100,000"),
         (["RECIPE", "model.path=damaged"], "damaged/config.json:1: not JSON"),
+        (["RECIPE", "--memory", "16"], "--memory and --flops describe a GPU together: give both"),
+        (["RECIPE", "--memory", "0", "--flops", "1e14"], "--memory 0: must be from 1 to 2000 (GiB)"),
+        (["RECIPE", "--memory", "16", "--flops", "100"], "--flops 100: must be from 1e+12 to 1e+17 (FLOP/s)"),
     ],
 )
 def test_bad_input_is_said_and_ends_with_2(words: list[str], error: str, elsewhere: Path, capsys):

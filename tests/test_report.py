@@ -77,7 +77,7 @@ def test_the_banner_names_model_template_frame_data_and_schedule(home: Path, set
         f"template    {inputs.base.template.origin}; BOS added, system turn inserted: ''",
         f"train       {home / 'train.jsonl'}: 3 pairs of 4 rows (dropped: an answer is empty 1): 4 {SHAPE}",
         f"held out    {home / 'test.jsonl'}: 1 pairs of 1 rows: 1 {SHAPE}",
-        "steps       12 of 32 pairs, 2 epochs; beta 0.1, rmsprop, peak learning rate 2e-05",
+        "steps       12 of 32 pairs, 2 epochs; beta 0.1, rmsprop, peak learning rate 2e-05, linear",
         "note        the first note",
         "note        the second note",
     ]

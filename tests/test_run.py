@@ -301,6 +301,22 @@ def test_data_and_weights_are_part_of_the_identity(settings: Config, name: str):
     assert said.count(" was ") == 1
 
 
+def test_another_reference_is_part_of_the_identity_by_its_content(settings: Config):
+    base = read_base(settings.model.path)
+    digests = {settings.data.train[0]: "0a", settings.data.test[0]: "0b"}
+    own = {"data_sha256": digests, "model_sha256": "0c", "reference_sha256": "0c"}
+    other = own | {"reference_sha256": "1d", "reference_dims": {"rope_theta": 1e4}}
+    moved = with_setting(settings, "dpo.reference", "pi_0")
+    assert identity_of(moved, base, own) == identity_of(settings, base, own)
+    for changes, said in (
+        ({"reference_sha256": "2e"}, "sha256 of another reference was '1d' and is '2e'. Choose"),
+        ({"reference_dims": {"rope_theta": 1e6}}, "dims of another reference was {'rope_theta': 10000.0} and is {"),
+    ):
+        new = identity_of(moved, base, other | changes)
+        assert describe_difference(identity_of(moved, base, other), new).startswith(said)
+    assert "is missing" in describe_difference(identity_of(moved, base, other), identity_of(moved, base, own))
+
+
 def test_a_difference_names_what_is_there_and_what_is_not():
     said = describe_difference({"a": 1, "b": 2, "gone": None}, {"a": 1, "b": 3, "new": None})
     assert said.startswith("b was 2 and is 3; gone was None and is missing; new was missing and is None. Choose")
@@ -461,7 +477,8 @@ def opened(tmp_path: Path, world: World) -> Run:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     facts = {"steps": 9, "settings": {
         "train.num_train_epochs": 3, "train.optimizer": "adamw", "train.export_dtype": "bfloat16",
-        "train.keep_checkpoints": 3,
+        "train.keep_checkpoints": 3, "lora.rank": 0, "lora.alpha": 16.0, "lora.targets": ["q_proj"],
+        "lora.export": "merged",
     }}  # fmt: skip
     checkpoints = Checkpoints(tmp_path / "checkpoints", 3, world, print)
     return Run(tmp_path, facts, checkpoints, None, StopSignal(), rank=0)
@@ -515,14 +532,20 @@ def test_a_stop_says_what_is_kept_and_what_to_do(opened: Run, tmp_path: Path):
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("keep", [1, 3])
-def test_too_little_room_on_the_disk_is_said(opened: Run, base: Path, monkeypatch, optimizer, dtype, keep):
-    parameters = sum(tensor.numel() for tensor in load_file(base / "model.safetensors").values())
-    inputs = Inputs(read_base(base), Frame(), pair_set([]), pair_set([]), [])
+@pytest.mark.parametrize("trained", ["all", "adapter", "merged"])
+def test_too_little_room_on_the_disk_is_said(opened: Run, base: Path, monkeypatch, optimizer, dtype, keep, trained):
+    tensors = load_file(base / "model.safetensors")
+    parameters = checkpointed = sum(tensor.numel() for tensor in tensors.values())
+    if trained != "all":
+        opened.facts["settings"] |= {"lora.rank": 3, "lora.export": trained}
+        checkpointed = sum(3 * sum(tensor.shape) for name, tensor in tensors.items() if "q_proj" in name)
+    inputs = Inputs(read_base(base), Frame(), pair_set([]), pair_set([]), [], read_base(base))
     names = ("train.optimizer", "train.export_dtype", "train.keep_checkpoints")
     opened.facts["settings"] |= dict(zip(names, (optimizer, dtype, keep), strict=True))
     more = {1: 1, 3: 2}[keep]  # two of keep + 1 are there; at least one more is written
-    checkpoint = parameters * {"adamw": 12, "rmsprop": 8}[optimizer]
-    needed = more * checkpoint + parameters * {"bfloat16": 2, "float32": 4}[dtype]
+    checkpoint = checkpointed * {"adamw": 12, "rmsprop": 8}[optimizer]
+    exported = 4 * checkpointed if trained == "adapter" else parameters * {"bfloat16": 2, "float32": 4}[dtype]
+    needed = more * checkpoint + exported
     monkeypatch.setattr(run.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     assert opened.disk_notes(inputs) == []
     monkeypatch.setattr(run.shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -448,6 +449,71 @@ def test_a_reference_that_is_not_the_policys_is_refused_with_the_pair(
     assert not list(out.glob("final*"))
 
 
+@pytest.fixture(scope="module")
+def first_model(world_dir: Path) -> Path:
+    """pi_0, of which the policy begins at a distance: the base with other weights."""
+    path = shutil.copytree(world_dir / "base", world_dir / "pi_0")
+    model = tiny_model(tiny_config(vocab_size=32000, hidden_size=16, intermediate_size=36, initializer_range=0.1))
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    save_file({name: p.detach().float() for name, p in model.named_parameters()}, path / "model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize("lora", [(), ("lora.rank=2",)], ids=["full", "lora"])
+def test_another_reference_is_scored_by_its_own_weights(run, world_dir: Path, first_model: Path, capsys, lora):
+    """The first evaluation, by transformers' models of both: neither log 2, nor margins of 0."""
+    out = run("dpo.reference=pi_0", "train.num_train_epochs=1", *lora)
+    pairs = pairs_of(world_dir / "base", world_dir / "test.jsonl")
+    models = hf_load(world_dir / "base"), hf_load(first_model)
+    with torch.no_grad():
+        policy, old = (
+            torch.stack([hf_logps(model, pair.prompt, a) for pair in pairs for a in pair[2:]]).view(-1, 2)
+            for model in models
+        )
+    margins = 0.1 * ((policy - old) @ torch.tensor([1.0, -1.0]))
+    first = evaluations(out)[0]
+    assert first["eval_loss"] == pytest.approx(float(-torch.nn.functional.logsigmoid(margins).mean()), rel=1e-5)
+    assert first["eval_rewards/margins"] == pytest.approx(float(margins.mean()), rel=1e-3)
+    assert abs(training(out)[0]["loss"] - LOG2) > 1e-3  # law 1 is not asked
+    facts = json.loads((out / "environment.json").read_text())
+    assert facts["reference_sha256"] != facts["model_sha256"]
+
+    # The cache is keyed by the reference: a run that begins at pi_0 finds its pairs there.
+    capsys.readouterr()
+    assert abs(training(run("model.path=pi_0", "train.num_train_epochs=1"))[0]["loss"] - LOG2) < 1e-5
+    assert "0 pairs scored, 40 found in " in capsys.readouterr().out
+
+
+def test_the_base_named_as_reference_is_the_same_run(run, world_dir: Path, finished: Path, monkeypatch):
+    """By its name or as a copy; law 1 is asked."""
+    shutil.copytree(world_dir / "base", world_dir / "copy", dirs_exist_ok=True)
+    for name in ("./base", "copy"):
+        assert_same_run(run(f"dpo.reference={name}"), finished, tolerance=0)
+    calls = []
+    monkeypatch.setattr(train, "check_same", lambda *_: calls.append(1))
+    run("dpo.reference=copy", "train.num_train_epochs=1")
+    assert calls
+
+
+@pytest.mark.usefixtures("first_model")
+def test_there_is_never_a_second_model(run, monkeypatch):
+    """The reference is gone before the policy is loaded."""
+    alive, load = [], train.load_sharded
+
+    def load_sharded(*arguments, **named):
+        assert not [ref for ref in alive if ref() is not None]
+        model = load(*arguments, **named)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(train, "load_sharded", load_sharded)
+    run("dpo.reference=pi_0", "train.num_train_epochs=1")
+    assert len(alive) == 2
+
+
 def test_the_check_of_the_reference_allows_rounding_and_no_more(world_dir: Path):
     pairs = pairs_of(world_dir / "base", world_dir / "test.jsonl")
     reference = torch.tensor([[-300.0, -20.0], [-50.0, -60.0], [-7.0, -8.0]])
@@ -611,6 +677,23 @@ def answered(row: dict, text: str) -> dict:
     return row | {"rejected": [row["rejected"][0], {"role": "assistant", "content": text}]}
 
 
+def other_words(directory: Path) -> None:
+    """A reference whose tokenizer has two pieces the other way round."""
+    path = shutil.copytree(directory / "base", directory / "elsewhere")
+    (path / "tokenizer.model").unlink()
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    names = {i: piece for piece, i in vocab.items()}
+    vocab[names[28705]], vocab[names[28706]] = 28706, 28705
+    tokenizer["model"]["merges"] = []
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def fewer_rows_of_the_reference(directory: Path) -> None:
+    path = shutil.copytree(directory / "base", directory / "elsewhere")
+    save_checkpoint(tiny_model(tiny_config(hidden_size=16, intermediate_size=36)), path)
+
+
 RAW = {"instruction": "Hi", "source": "flan", "completions": []}
 NORM = "model.norm.weight"
 BAD = {
@@ -677,6 +760,17 @@ BAD = {
         "base: no tokenizer: neither tokenizer.json nor tokenizer.model",
     ),
     "vocabulary smaller than the ids": (fewer_rows, [], "but the model's embedding has only 97 rows"),
+    "no such reference": (None, ["dpo.reference=elsewhere"], "elsewhere: no such folder"),
+    "a reference with another tokenizer": (
+        other_words,
+        ["dpo.reference=elsewhere"],
+        "elsewhere: as dpo.reference it must read the ids of base, but id 28705 twice is ",
+    ),
+    "a reference with fewer rows": (
+        fewer_rows_of_the_reference,
+        ["dpo.reference=elsewhere"],
+        "elsewhere: as dpo.reference it must read the ids of base, whose tokenizer has 32,000, but its embedding has ",
+    ),
     "output is a file": (None, ["train.output_dir=test.jsonl"], "test.jsonl: is a file"),
     "output not empty": (
         None,
