@@ -35,7 +35,7 @@ from notus.base import Frame, read_base
 from notus.chat import ZEPHYR_TEMPLATE
 from notus.checkpoint import Checkpoints
 from notus.distributed import World
-from notus.losses import METRICS
+from notus.losses import METRICS, PreferenceLoss
 from notus.model import RECOMPUTE
 from notus.optim import make_optimizer
 from notus.packing import pack_pairs
@@ -49,6 +49,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 LOG2 = math.log(2)
+LOSS = PreferenceLoss("dpo", 0.1)
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 WORDS = [
     "a",
@@ -386,7 +387,7 @@ def test_nothing_in_a_micro_batch_makes_the_host_wait_for_the_gpu(monkeypatch, l
     for mode in ("default", "error"):  # in the first step kernels are chosen and the optimizer makes its state
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            train.train_step(model, optimizer, [micro_batch], torch.zeros(10, 2), 6, alone, beta=0.1)
+            train.train_step(model, optimizer, [micro_batch], torch.zeros(10, 2), 6, alone, preference_loss=LOSS)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
