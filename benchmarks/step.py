@@ -107,19 +107,21 @@ def run_steps(
     world: World,
     budget: int,
     off: Sequence[str] = (),
+    optimizer: str = "rmsprop",
 ) -> tuple[list[float], list[float]]:
-    """All `steps` (steps, pairs a step), with RMSprop. reference (P, 2) on the CPU. The losses, and when each step was
+    """All `steps` (steps, pairs a step). reference (P, 2) on the CPU. The losses, and when each step was
     over, after when the first began."""
-    optimizer = make_optimizer(model.parameters(), "rmsprop", LEARNING_RATE, weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimize = make_optimizer(trained, optimizer, LEARNING_RATE, weight_decay=0.0)
     packed = ahead(micro_batches(pairs, rows, model.config, world, budget, off) for rows in steps)
     losses, ends = [], [time.perf_counter()]
     for step, batches in enumerate(packed):
-        for group in optimizer.param_groups:
+        for group in optimize.param_groups:
             group["lr"] = learning_rate_at(step, len(steps))
         num_pairs = steps.shape[1]
         result = train.train_step(
             model,
-            optimizer,
+            optimize,
             batches,
             reference,
             num_pairs,

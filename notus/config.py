@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from notus.files import read_text, sentence
 
 MAX_GPUS = 100_000  # to plan for
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that LoRA can learn
 CONFIGS = Path(__file__).parent.parent / "configs"  # the shipped files, from any working directory
 
 
@@ -72,10 +73,7 @@ class DPO:
 class LoRA:
     rank: int = setting("of what each target matrix learns, with the base frozen; 0 trains all weights", 0, "[0, inf)")
     alpha: float = setting("what is learned is scaled by alpha / rank", 16.0, "(0, inf)")
-    targets: tuple[str, ...] = setting(
-        "linear layers: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
-        ("q_proj", "k_proj", "v_proj", "o_proj"),
-    )
+    targets: tuple[str, ...] = setting(f"linear layers, of {', '.join(LAYERS)}", LAYERS[:4])
     export: Literal["merged", "adapter"] = setting(
         "a whole model, or what was learned alone, in PEFT's format", "merged"
     )
@@ -394,30 +392,10 @@ def check(config: Config, where: dict[str, str]) -> None:
         places = ", ".join(dict.fromkeys(where.get(name, "default") for name in names))
         raise ValueError(f"{places}: {message}")
 
-    data, lora, dpo = config.data, config.lora, config.dpo
-    beta, options = LOSSES[dpo.loss]
-    if "dpo.loss" in where and "dpo.beta" not in where:
-        refuse(f'dpo.loss = "{dpo.loss}" needs a dpo.beta beside it, usually {beta}: no beta suits all', "dpo.loss")
-    if dpo.loss == "simpo" and "dpo.margin" not in where:
-        refuse('dpo.loss = "simpo" needs a dpo.margin, usually 0.3 to 1.6; 0 is none', "dpo.loss")
-    for name in ("label_smoothing", "margin"):
-        if getattr(dpo, name) and name not in options:
-            users = " and ".join(loss for loss, (_, used) in LOSSES.items() if name in used)
-            refuse(
-                f'dpo.{name} = {getattr(dpo, name):g} would never be used: dpo.loss is "{dpo.loss}", and only {users} '
-                f"have it",
-                f"dpo.{name}",
-                "dpo.loss",
-            )
-    if dpo.reference and dpo.loss == "simpo":
-        refuse(
-            f'dpo.reference = {dpo.reference!r} would never be used: dpo.loss is "simpo", which has no reference',
-            "dpo.reference",
-            "dpo.loss",
-        )
-    layers = (*"qkvo", "gate", "up", "down")
-    if wrong := [name for name in lora.targets if name not in {f"{layer}_proj" for layer in layers}]:
-        refuse(f"lora.targets has {shown(wrong[0])}; {SETTINGS['lora.targets'].metadata['doc']}", "lora.targets")
+    check_loss(config.dpo, where, refuse)
+    data, lora = config.data, config.lora
+    if wrong := [name for name in lora.targets if name not in LAYERS]:
+        refuse(f"lora.targets has {shown(wrong[0])}; it must be of {', '.join(LAYERS)}", "lora.targets")
     if lora.rank and not lora.targets:
         refuse(f"lora.rank = {lora.rank}, but lora.targets is empty, so nothing would be trained", "lora.targets")
     if lora.export == "adapter" and not lora.rank:
@@ -458,6 +436,30 @@ def check(config: Config, where: dict[str, str]) -> None:
                 reason = "held-out pairs must not be trained on" if name != other else "its pairs would count twice"
                 refuse(f"{name} has {path!r}, and {other} has {spelled!r}: the same file; {reason}", other, name)
             seen[real] = name, path
+
+
+def check_loss(dpo: DPO, where: dict[str, str], refuse: Callable[..., None]) -> None:
+    """A loss has a beta of its own, and none of the settings of the others."""
+    beta, options = LOSSES[dpo.loss]
+    if "dpo.loss" in where and "dpo.beta" not in where:
+        refuse(f'dpo.loss = "{dpo.loss}" needs a dpo.beta beside it, usually {beta}: no beta suits all', "dpo.loss")
+    if dpo.loss == "simpo" and "dpo.margin" not in where:
+        refuse('dpo.loss = "simpo" needs a dpo.margin, usually 0.3 to 1.6; 0 is none', "dpo.loss")
+    for name in ("label_smoothing", "margin"):
+        if getattr(dpo, name) and name not in options:
+            users = " and ".join(loss for loss, (_, used) in LOSSES.items() if name in used)
+            refuse(
+                f"dpo.{name} = {getattr(dpo, name):g} would never be used: only {users} can have it, and dpo.loss is "
+                f'"{dpo.loss}"',
+                f"dpo.{name}",
+                "dpo.loss",
+            )
+    if dpo.reference and dpo.loss == "simpo":
+        refuse(
+            f'dpo.reference = {dpo.reference!r} would never be used: dpo.loss is "simpo", which has no reference',
+            "dpo.reference",
+            "dpo.loss",
+        )
 
 
 def suggestion(name: str) -> str:

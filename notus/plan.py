@@ -93,6 +93,10 @@ def describe_cost(
         *(f"  {size:>10.2f} GiB  {name}" for name, size in memory[levels[0]].items()),
         *(f"  {needed[level]:>10.2f} GiB  in all, recomputing {level}" for level in levels[1:]),
     ]
+    if job.cpu_offload:
+        on_gpus = memory_gib(dims, replace(job, cpu_offload=False), scored, "full")
+        in_host = job.num_gpus * sum(gib for name, gib in on_gpus.items() if "shard" in name)
+        lines.append(f"  {in_host:>10.2f} GiB  in host memory: weights, gradients and optimizer state of all GPUs")
     if on_cpu:
         rate = cpu_flops()
         speed = len(train) / training_once * rate * CPU_SHARE  # pairs/s

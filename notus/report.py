@@ -110,7 +110,8 @@ def finish(facts: dict[str, Any], first: dict[str, float | None], last: dict[str
     if last:
         size = settings["data.test_size"]
         data = [*settings["data.train"], "--test-size", str(size)] if size else settings["data.test"]
-        compare = ["--model", str(output / "final"), "--base", settings["model.path"], "--data", *data]
+        base = settings["dpo.reference"] or settings["model.path"]
+        compare = ["--model", str(output / "final"), "--base", base, "--data", *data]
         lines.append(f"  {shlex.join(['python', '-m', 'notus.evaluate', 'preferences', *compare])}")
     return "\n".join(lines)
 

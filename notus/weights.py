@@ -326,9 +326,8 @@ def export(
                 "config.json": exported_config(read_json(base_dir / "config.json"), dtype),
                 "generation_config.json": exported_generation_config(base_dir, eos_id),
             }
-        texts = {name: json.dumps(config, indent=2) + "\n" for name, config in configs.items() if config} | {
-            "README.md": card
-        }
+        texts = {name: json.dumps(config, indent=2) + "\n" for name, config in configs.items() if config}
+        texts["README.md"] = card
         if chat_template is not None:
             texts["chat_template.jinja"] = chat_template
         for name, text in texts.items():
@@ -338,7 +337,7 @@ def export(
     if adapter is None:
         write_weights(model, building, dtype, rank, max_shard_bytes)
     else:
-        _write_file(building / "adapter_model.safetensors", peft_tensors(model), dtype, rank)
+        write_file(building / "adapter_model.safetensors", peft_tensors(model), dtype, rank)
     if rank == 0:
         finish(building)
         for path in building.iterdir():
@@ -439,10 +438,10 @@ def write_weights(model: Mistral, directory: Path, dtype: torch.dtype, rank: int
         if rank == 0:
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, shard in zip(files, shards, strict=True):
-        _write_file(directory / file, shard, dtype, rank, layers)
+        write_file(directory / file, shard, dtype, rank, layers)
 
 
-def _write_file(
+def write_file(
     path: Path, tensors: list[tuple[str, Tensor]], dtype: torch.dtype, rank: int,
     layers: Mapping[str, LoRALinear] | None = None,
 ) -> None:  # fmt: skip

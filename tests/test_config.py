@@ -264,7 +264,7 @@ def test_lora_without_a_target_is_refused(minimal):
         ("train.schedule=constant", 'train.schedule must be "linear" or "cosine", not \'constant\''),
         ("lora.rank=-1", "lora.rank = -1 is outside [0, inf)"),
         ("lora.alpha=0", "lora.alpha = 0.0 is outside (0, inf)"),
-        ("lora.targets=qproj", "lora.targets has 'qproj'; linear layers: q_proj, k_proj, v_proj, o_proj, gate_proj,"),
+        ("lora.targets=qproj", "lora.targets has 'qproj'; it must be of q_proj, k_proj, v_proj, o_proj, gate_proj, up"),
         ("lora.targets=[7]", "lora.targets must be a text or a list of texts, not [7]"),
         ("lora.targets=['']", "lora.targets must be a text or a list of texts, not ['']"),
         ("lora.export=adapter", 'lora.export = "adapter", but lora.rank = 0: there is no adapter without LoRA'),

@@ -12,13 +12,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import hf_load, hf_logps, logits_of, random_pairs, run_ranks, save_checkpoint, tiny_config, tiny_model, worst
+from tiny import (
+    hf_load,
+    hf_logps,
+    logits_of,
+    random_pairs,
+    run_ranks,
+    save_base,
+    save_checkpoint,
+    tiny_config,
+    tiny_model,
+    worst,
+)
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from notus import config as configuration
 from notus import distributed, weights
-from notus.base import Frame, read_base
+from notus.base import Frame, load_sharded, read_base
 from notus.checkpoint import state_of
 from notus.distributed import full_tensor
 from notus.logprobs import token_logps
@@ -79,6 +92,15 @@ def test_names_stay_and_only_a_and_b_are_trained_in_float32(lora: LoRA):
     assert {parameter.dtype for parameter in trained.values()} == {torch.float32}
     assert {parameter.dtype for name, parameter in names.items() if name not in trained} == {torch.bfloat16}
     layers = {name.rpartition(".")[0] for name in trained}
+    assert (
+        TARGETS
+        == configuration.LAYERS
+        == tuple(
+            name.rpartition(".")[2]
+            for name, layer in plain.model.layers[0].named_modules()
+            if isinstance(layer, nn.Linear)
+        )
+    )
     assert {name.rpartition(".")[2] for name in layers} == set(lora.targets)
     assert len(layers) == len(lora.targets) * CONFIG.num_hidden_layers
     assert trained.keys() == {f"{layer}.lora_{matrix}" for layer in layers for matrix in "ab"}
@@ -364,6 +386,24 @@ def test_a_killed_run_resumes_bit_for_bit(home: Path, truth: Path, lora_truth: P
     assert killed.code < 0
     assert "resuming    after step " in forked.finish(out, home, *ON, *caches, *settings)
     forked.assert_same(out, whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_process_shards_only_what_it_must(dtype: torch.dtype, tmp_path: Path):
+    """Frozen weights are in the compute dtype, and A and B cast themselves: nothing is gathered, and nothing copied. A
+    full run in bfloat16, or offload, needs FSDP2."""
+    base, world = read_base(save_base(tmp_path / "base")), distributed.start("cpu")
+    try:
+        for settings, sharded, trained in (
+            ({"lora": LORAS[0]}, False, 16), ({"frozen": True}, False, 0), ({}, dtype == torch.bfloat16, 21),
+            ({"lora": LORAS[0], "cpu_offload": True}, True, 16),
+        ):  # fmt: skip
+            model = load_sharded(base, world, dtype, **settings)
+            assert isinstance(model, FSDPModule) == sharded, settings
+            assert sum(parameter.requires_grad for parameter in model.parameters()) == trained
+            del model
+    finally:
+        distributed.stop()
 
 
 def test_another_rank_of_lora_is_another_run(home: Path, truth: Path, tmp_path: Path):

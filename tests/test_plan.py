@@ -187,6 +187,9 @@ def test_offload_costs_pcie_and_the_optimizers_step_on_the_cpu():
         assert float(needed) < float(plain[name][1])
         same_level = plain[name][0] == offloaded[name][0]
         assert not same_level or float(pairs) < float(plain[name][5])
+    assert f"{12 * number / 2**30:.2f} GiB  in host memory" in report_of(*overrides, num_gpus=1)
+    assert f"{12 * number / 2**30:.2f} GiB  in host memory" in report_of(*overrides, num_gpus=8)
+    assert "in host memory" not in report_of(num_gpus=1)
     eight = rows(report_of(*overrides, num_gpus=8))["A100-80GB"]
     assert float(eight[9]) == float(offloaded["A100-80GB"][9])  # one host updates the whole model, however it is cut
     assert float(rows(report_of(*overrides, "train.optimizer=adamw", num_gpus=1))["A10"][9]) == pytest.approx(
