@@ -60,7 +60,7 @@ notus {facts["versions"]["notus"]}, commit `{facts["git_commit"]}`.
 | setting | value |
 |---|---|
 | pairs | {facts["train_pairs"]:,} |
-| loss | {loss} |
+| preference loss | {loss} |
 | trained | {trained} |
 | optimizer, peak learning rate | {settings["train.optimizer"]}, {settings["train.learning_rate"]} |
 | schedule | {settings["train.schedule"]}, warmup over {settings["train.warmup_ratio"]:.0%} of {

@@ -59,10 +59,10 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class DPO:
-    loss: Literal["dpo", "dpo_norm", "ipo", "simpo", "apo_zero"] = setting(
-        "python -m notus.losses shows each; a loss that is named needs a beta of its own", "dpo"
+    loss: Literal["dpo", "dpo_norm", "ipo", "simpo", "apo_zero"] = setting("python -m notus.losses shows each", "dpo")
+    beta: float = setting(
+        "pull towards the reference (Rafailov et al. 2023, eq. 7); each loss needs its own", 0.1, "(0, inf)"
     )
-    beta: float = setting("strength of the pull towards the reference (Rafailov et al. 2023, eq. 7)", 0.1, "(0, inf)")
     label_smoothing: float = setting("assumed share of pairs with swapped labels; 0 is plain DPO", 0.0, "[0, 0.5)")
     margin: float = setting("of simpo: its gamma, by how much reward the chosen answer must lead", 0.0, "[0, inf)")
     nll_weight: float = setting("adds so many times the chosen answer's -log pi a token (RPO)", 0.0, "[0, inf)")

@@ -22,7 +22,7 @@ from torch import Tensor
 from notus import config as configuration
 from notus import losses
 from notus.logprobs import sequence_logps, token_logps
-from notus.losses import EXAMPLES, LOSSES, METRICS, PreferenceLoss, curves, draw, dpo, dpo_norm, equation_7, ipo
+from notus.losses import EXAMPLES, LOSSES, METRICS, PreferenceLoss, curves, dpo, dpo_norm, draw, equation_7, ipo
 from notus.model import pair_logps
 from notus.packing import pack_pairs
 
@@ -58,24 +58,24 @@ def closed_form(loss: PreferenceLoss, policy, reference, tokens) -> tuple[float,
     def s(x: float) -> float:
         return 1 / (1 + math.exp(-x))
 
-    (w, l), (w_ref, l_ref), (n_w, n_l) = policy, reference, tokens
+    (win, lose), (win_ref, lose_ref), (n_w, n_l) = policy, reference, tokens
     beta, e = loss.beta, loss.label_smoothing
     if loss.name == "dpo":
-        x, by_w, by_l = beta * ((w - w_ref) - (l - l_ref)), beta, -beta
+        x, by_w, by_l = beta * ((win - win_ref) - (lose - lose_ref)), beta, -beta
     elif loss.name == "dpo_norm":
-        x, by_w, by_l = beta * ((w - w_ref) / n_w - (l - l_ref) / n_l), beta / n_w, -beta / n_l
+        x, by_w, by_l = beta * ((win - win_ref) / n_w - (lose - lose_ref) / n_l), beta / n_w, -beta / n_l
     elif loss.name == "simpo":
-        x, by_w, by_l = beta / n_w * w - beta / n_l * l - loss.margin, beta / n_w, -beta / n_l
+        x, by_w, by_l = beta / n_w * win - beta / n_l * lose - loss.margin, beta / n_w, -beta / n_l
     if loss.name == "ipo":
-        x = (w - w_ref) / n_w - (l - l_ref) / n_l - 1 / (2 * beta)
+        x = (win - win_ref) / n_w - (lose - lose_ref) / n_l - 1 / (2 * beta)
         value, slopes = x * x, [2 * x / n_w, -2 * x / n_l]
     elif loss.name == "apo_zero":
-        up, down = s(beta * (w - w_ref)), s(beta * (l - l_ref))
+        up, down = s(beta * (win - win_ref)), s(beta * (lose - lose_ref))
         value, slopes = 1 - up + down, [-beta * up * (1 - up), beta * down * (1 - down)]
     else:
         value = (1 - e) * math.log1p(math.exp(-x)) + e * math.log1p(math.exp(x))
         slopes = [-(s(-x) - e) * by_w, -(s(-x) - e) * by_l]
-    return value - loss.nll_weight * w / n_w, slopes[0] - loss.nll_weight / n_w, slopes[1]
+    return value - loss.nll_weight * win / n_w, slopes[0] - loss.nll_weight / n_w, slopes[1]
 
 
 def largest_difference(loss: PreferenceLoss) -> tuple[float, float]:
@@ -428,7 +428,7 @@ def packed_loss(model, pairs, reference, loss: PreferenceLoss = DPO) -> Tensor:
 
 
 def test_the_tokens_of_a_stream_are_those_that_are_summed(setting):
-    model, pairs, _ = setting
+    _, pairs, _ = setting
     stream = pack_pairs(pairs)
     assert stream.tokens.view(-1, 2).tolist() == [[len(pair.chosen), len(pair.rejected)] for pair in pairs]
     assert stream.tokens.tolist() == torch.bincount(stream.sequence).tolist()
@@ -526,10 +526,10 @@ def test_the_quantities_of_equation_7():
     """Worked out here from the printed log-probs alone."""
     rows = equation_7(beta=0.1)
     for i in range(2):
-        w, l, w_ref, l_ref, *rest = (values[i] for values in rows.values())
-        up, down = 0.1 * (w - w_ref), 0.1 * (l - l_ref)
+        win, lose, win_ref, lose_ref, *rest = (values[i] for values in rows.values())
+        up, down = 0.1 * (win - win_ref), 0.1 * (lose - lose_ref)
         weight = 1 / (1 + math.exp(up - down))
-        expected = [w - w_ref, l - l_ref, up, down, up - down, 1 - weight, -math.log(1 - weight), weight,
+        expected = [win - win_ref, lose - lose_ref, up, down, up - down, 1 - weight, -math.log(1 - weight), weight,
                     -0.1 * weight, 0.1 * weight]  # fmt: skip
         assert rest == pytest.approx(expected, rel=1e-9)
     page = (ROOT / "docs" / "dpo.md").read_text(encoding="utf-8")
