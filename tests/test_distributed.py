@@ -27,7 +27,7 @@ PAIRS = random_pairs(np.random.default_rng(0), 9, CONFIG.vocab_size)
 def loss_of(model: Mistral, pairs: list[Pair]) -> Tensor:
     """A share of the loss of a step that has all PAIRS, against a reference of its own."""
     policy = pair_logps(model, pack_pairs(pairs))
-    reference = torch.tensor([[-30.0 - len(pair.chosen), -31.0 - len(pair.chosen)] for pair in pairs])
+    reference = torch.tensor([[-30.0 - len(pair.chosen), -31.0 - len(pair.chosen)] for pair in pairs]).view(-1, 2)
     return dpo(policy, reference, torch.ones_like(policy), beta=0.02).sum() / len(PAIRS)
 
 
