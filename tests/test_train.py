@@ -305,7 +305,10 @@ def test_every_loss_is_a_plain_loop_and_begins_at_its_known_value(
         assert last["eval_loss"] < loss.start
     assert ("reference   simpo has none" in said) == (loss.name == "simpo")
     command = ["preferences", "--model", str(out / "final"), "--base", "base", "--data", "test.jsonl", "--dtype"]
+    loaded, load_model = [], evaluate.load_model
+    monkeypatch.setattr(evaluate, "load_model", lambda base, *rest: loaded.append(base.path) or load_model(base, *rest))
     assert evaluate.main([*command, "float32"]) == 0
+    assert len(loaded) == (1 if loss.name == "simpo" else 2)
     report = capsys.readouterr().out
     for name in ("loss", "rewards/margins", "rewards/chosen"):
         assert float(re.search(rf"^{name} +(\S+)", report, re.M)[1]) == pytest.approx(last[f"eval_{name}"], abs=6e-5)
