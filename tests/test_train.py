@@ -567,7 +567,8 @@ def test_environment_json_says_what_it_takes_to_run_again(world_dir: Path, finis
     facts = json.loads((finished / "environment.json").read_text())
     assert facts.keys() == {
         "command", "started", "git_commit", "versions", "devices", "threads", "data_sha256", "model_sha256",
-        "reference_sha256", "identity", "identity_sha256", "processes", "settings", "train_pairs", "test_pairs", "steps",
+        "reference_sha256", "identity", "identity_sha256", "processes", "settings", "train_pairs", "test_pairs",
+        "steps",
     }  # fmt: skip
     alone = distributed.World(0, 1, torch.device("cpu"), None)
     assert facts["reference_sha256"] == facts["model_sha256"] == weights.digest(world_dir / "base", alone)
