@@ -838,7 +838,8 @@ OTHER = {
     "data.insert_system": False, "data.system_prompt": "a b", "dpo.beta": 0.2, "dpo.label_smoothing": 0.1,
     "train.learning_rate": 2e-3, "train.optimizer": "adamw", "train.weight_decay": 0.1, "train.warmup_ratio": 0.5,
     "train.num_train_epochs": 2, "train.pairs_per_step": 9, "train.max_grad_norm": 0.5, "train.seed": 43,
-    "train.compute_dtype": "bfloat16",
+    "train.compute_dtype": "bfloat16", "train.schedule": "cosine", "lora.rank": 2, "lora.alpha": 4.0,
+    "lora.targets": ["q_proj"],
 }  # fmt: skip
 
 

@@ -568,10 +568,11 @@ def test_environment_json_says_what_it_takes_to_run_again(world_dir: Path, finis
     facts = json.loads((finished / "environment.json").read_text())
     assert facts.keys() == {
         "command", "started", "git_commit", "versions", "devices", "threads", "data_sha256", "model_sha256",
-        "identity", "identity_sha256", "processes", "settings", "train_pairs", "test_pairs", "steps",
+        "reference_sha256", "identity", "identity_sha256", "processes", "settings", "train_pairs", "test_pairs",
+        "steps",
     }  # fmt: skip
     alone = distributed.World(0, 1, torch.device("cpu"), None)
-    assert facts["model_sha256"] == weights.digest(world_dir / "base", alone)
+    assert facts["reference_sha256"] == facts["model_sha256"] == weights.digest(world_dir / "base", alone)
     assert facts["data_sha256"].keys() == {"train.jsonl", "test.jsonl"}
     assert (facts["processes"], facts["settings"]["train.seed"]) == (1, 42)
     assert (facts["train_pairs"], facts["test_pairs"], facts["steps"]) == (TRAIN_PAIRS, TEST_PAIRS, STEPS)
