@@ -839,7 +839,7 @@ OTHER = {
     "train.learning_rate": 2e-3, "train.optimizer": "adamw", "train.weight_decay": 0.1, "train.warmup_ratio": 0.5,
     "train.num_train_epochs": 2, "train.pairs_per_step": 9, "train.max_grad_norm": 0.5, "train.seed": 43,
     "train.compute_dtype": "bfloat16", "train.schedule": "cosine", "lora.rank": 2, "lora.alpha": 4.0,
-    "lora.targets": ["q_proj"],
+    "lora.targets": ["q_proj"], "data.test_size": 0.5,
 }  # fmt: skip
 
 
@@ -854,10 +854,11 @@ def refused(home: Path, out: Path, capsys, monkeypatch, *arguments: str) -> str:
 
 @pytest.mark.parametrize("name", configuration.identity(configuration.load(ROOT / "configs" / "demo.toml")))
 def test_another_setting_is_another_run(name: str, home: Path, interrupted: Path, capsys, monkeypatch) -> None:
-    setting = f"{name}={json.dumps(OTHER[name])}"
-    said = refused(home, interrupted, capsys, monkeypatch, setting, f"data.cache_dir={home / 'others'}")
+    settings = [f"{name}={json.dumps(OTHER[name])}", f"data.cache_dir={home / 'others'}"]
+    also = ["data.test="] if name == "data.test_size" else []  # the two exclude each other
+    said = refused(home, interrupted, capsys, monkeypatch, *settings, *also)
     assert re.search(rf"{re.escape(name)} was .* and is {re.escape(repr(OTHER[name]))}", said), said
-    assert str(interrupted) in said and said.count(" was ") == 1
+    assert str(interrupted) in said and said.count(" was ") == 1 + len(also)
 
 
 def test_other_data_or_another_base_is_another_run(

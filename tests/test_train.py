@@ -775,8 +775,8 @@ BAD = {
     "output is a file": (None, ["train.output_dir=test.jsonl"], "test.jsonl: is a file"),
     "output not empty": (
         None,
-        ["train.output_dir=base"],
-        "base: is not empty and holds no run; choose another",
+        ["train.output_dir=."],
+        ".: is not empty and holds no run; choose another",
     ),
     "no such GPU": (None, ["train.device=cuda"], "local rank 0 has no GPU"),
 }
