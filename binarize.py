@@ -48,7 +48,7 @@ class Record(NamedTuple):
 
 
 class Drop(StrEnum):
-    """Why a record makes no pair. The last two are found after the rule has picked two answers, as published."""
+    """Why a record makes no pair. Empty and equal answers are found after the rule has picked two, as published."""
 
     NO_COMPLETIONS = "no completions"
     ONE_COMPLETION = "one completion only"
@@ -56,6 +56,7 @@ class Drop(StrEnum):
     TIED = "all tied"
     EMPTY_ANSWER = "empty answer"
     SAME_ANSWER = "chosen = rejected"
+    MARKED = "marked drop"  # by a person: --curation
 
 
 # ---- the rules: which completion is chosen, and from which ones the rejected one is drawn ---------------------------
@@ -132,25 +133,40 @@ def draw(seed: int, purpose: str, prompt_id: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{purpose} {seed} {prompt_id}".encode()).digest()[:8], "big")
 
 
-def binarize(
-    record: Record, by: str = "ratings", seed: int = 42, system_prompt: str | None = None
-) -> dict[str, Any] | Drop:
-    """The pair of one record, with the columns that are written, or the reason why it has none."""
+def prompt_id_of(instruction: str) -> str:
+    return hashlib.sha256(instruction.encode()).hexdigest()
+
+
+def choose(record: Record, by: str = "ratings", seed: int = 42) -> tuple[Completion, Completion] | Drop:
+    """The chosen and the rejected completion of a record, or the reason why it makes no pair."""
     if by not in RULES:
         raise ValueError(f"by is {by!r}, expected one of {', '.join(RULES)}")
     if len(record.completions) < 2:
         return Drop.ONE_COMPLETION if record.completions else Drop.NO_COMPLETIONS
-    rule, score = RULES[by]
-    choice = rule(record.completions)
+    choice = RULES[by][0](record.completions)
     if isinstance(choice, Drop):
         return choice
     chosen, candidates = choice
-    prompt_id = hashlib.sha256(record.instruction.encode()).hexdigest()
-    rejected = candidates[draw(seed, "rejected", prompt_id) % len(candidates)]
+    rejected = candidates[draw(seed, "rejected", prompt_id_of(record.instruction)) % len(candidates)]
     if not chosen.response.strip() or not rejected.response.strip():
         return Drop.EMPTY_ANSWER
     if chosen.response == rejected.response:
         return Drop.SAME_ANSWER
+    return chosen, rejected
+
+
+def binarize(
+    record: Record, by: str = "ratings", seed: int = 42, system_prompt: str | None = None
+) -> dict[str, Any] | Drop:
+    """The pair of one record, with the columns that are written, or the reason why it has none."""
+    choice = choose(record, by, seed)
+    return choice if isinstance(choice, Drop) else make_pair(record, *choice, by, system_prompt)
+
+
+def make_pair(
+    record: Record, chosen: Completion, rejected: Completion, by: str, system_prompt: str | None
+) -> dict[str, Any]:
+    score = RULES[by][1]
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     prompt = [*system, {"role": "user", "content": record.instruction}]
     return {
@@ -158,7 +174,7 @@ def binarize(
         "rejected": [*prompt, {"role": "assistant", "content": rejected.response}],
         "score_chosen": getattr(chosen, score),
         "score_rejected": getattr(rejected, score),
-        "prompt_id": prompt_id,
+        "prompt_id": prompt_id_of(record.instruction),
         "source": record.source,
         "chosen_model": chosen.model,
         "rejected_model": rejected.model,
@@ -353,22 +369,26 @@ def read_values(packed: io.BufferedReader, path: Path) -> Iterator[tuple[int, An
         raise ValueError(f"{path}: has no record, expected JSON lines or a JSON array, got {head[:60]!r}")
 
 
-def read_records(paths: Sequence[Path]) -> Iterator[tuple[str, Record]]:
-    """("FILE:LINE", record) of every record, in the files' order. A terminal shows the progress."""
+def read_json(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
+    """("FILE:LINE", value) of every value, in the files' order. A terminal shows the progress."""
     total = sum(path.stat().st_size for path in paths)
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as progress:  # None: only on a terminal
         for path in paths:
             done = 0
             with open(path, "rb") as packed:
                 for number, value in read_values(packed, path):
-                    where = f"{path}:{number}"
-                    try:
-                        record = parse_record(value)
-                    except ValueError as error:
-                        raise ValueError(f"{where}: {error}") from None
-                    yield where, record
+                    yield f"{path}:{number}", value
                     progress.update(packed.tell() - done)
                     done = packed.tell()
+
+
+def read_records(paths: Sequence[Path]) -> Iterator[tuple[str, Record]]:
+    for where, value in read_json(paths):
+        try:
+            record = parse_record(value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        yield where, record
 
 
 def refuse_folder(path: Path) -> None:
@@ -442,6 +462,70 @@ def replace_together(new: dict[Path, Path], old: dict[Path, Path]) -> None:
         path.unlink(missing_ok=True)
 
 
+# ---- marks: what a person decided on the page that audit.py writes --------------------------------------------------
+
+MARKS = ("keep", "flip", "drop", "note")  # note: a remark and no decision
+
+
+class Mark(NamedTuple):
+    where: str
+    mark: str
+    prompt_id: str
+    pair: str | None  # `pair_id` of the pair that was looked at, "" if there was none; None: all records of the prompt
+
+
+def pair_id(prompt_id: str, chosen: str, rejected: str) -> str:
+    """A name for a pair. Another --by or --seed makes another pair of the same record, and a mark is no use there."""
+    return hashlib.sha256("\0".join((prompt_id, chosen, rejected)).encode()).hexdigest()[:16]
+
+
+class Marks:
+    """{"prompt_id": ..., "mark": "flip", "pair": ..., "note": ...} a line. The last two are optional."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.found: dict[tuple[str, str | None], Mark] = {}
+        self.used: set[Mark] = set()
+        refuse_folder(path)
+        for where, value in read_json([path]):
+            try:
+                mark, prompt_id = field(value, "mark", str), field(value, "prompt_id", str)
+                pair = field(value, "pair", str) if value.get("pair") is not None else None
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}; a marks file is what the page of audit.py downloads") from None
+            if mark not in MARKS:
+                raise ValueError(f"{where}: the mark is {show(mark)}, expected one of {', '.join(MARKS)}")
+            first = self.found.setdefault((prompt_id, pair), Mark(where, mark, prompt_id, pair))
+            if first.where != where:
+                raise ValueError(f"{where}: marks the same pair as {first.where}; keep one of the two")
+
+    def apply(
+        self, record: Record, choice: tuple[Completion, Completion] | Drop
+    ) -> tuple[str, tuple[Completion, Completion] | Drop]:
+        """(mark or "", the choice after it). A mark that names a pair comes before one that names the prompt only."""
+        prompt_id = prompt_id_of(record.instruction)
+        pair = "" if isinstance(choice, Drop) else pair_id(prompt_id, *(answer.response for answer in choice))
+        mark = self.found.get((prompt_id, pair)) or self.found.get((prompt_id, None))
+        if mark is None:
+            return "", choice
+        self.used.add(mark)
+        if mark.mark == "drop":
+            return mark.mark, Drop.MARKED
+        if mark.mark != "flip":
+            return mark.mark, choice
+        if isinstance(choice, Drop):
+            raise ValueError(f"{mark.where} flips its pair, but the record makes none: {choice}")
+        chosen, rejected = choice
+        return mark.mark, (rejected, chosen)
+
+    def refuse_unused(self) -> None:
+        if left := [mark for mark in self.found.values() if mark not in self.used]:
+            raise ValueError(
+                f"{left[0].where}: the mark fits no record ({len(left)} of {len(self.found)} do not); the marks are of "
+                "another data set, or of pairs made with another --by or --seed"
+            )
+
+
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -462,7 +546,11 @@ def compare_rules(record: Record, counts: Counter[str]) -> None:
 
 
 def read_pairs(
-    paths: Sequence[Path], by: str = "ratings", seed: int = 42, system_prompt: str | None = None
+    paths: Sequence[Path],
+    by: str = "ratings",
+    seed: int = 42,
+    system_prompt: str | None = None,
+    marks: Marks | None = None,
 ) -> tuple[list[tuple[str, bytes]], Counter[str]]:
     """All pairs as sorted (prompt_id, line), and the counts of `table`.
 
@@ -472,20 +560,21 @@ def read_pairs(
     counts: Counter[str] = Counter()
     for where, record in read_records(paths):
         try:
-            pair = binarize(record, by, seed, system_prompt)
-            if isinstance(pair, Drop):
-                counts[pair] += 1
+            choice = choose(record, by, seed)
+            if marks:
+                mark, choice = marks.apply(record, choice)
+                counts[f"mark {mark}"] += 1
+            if isinstance(choice, Drop):
+                counts[choice] += 1
             else:
+                pair = make_pair(record, *choice, by, system_prompt)
                 pairs.append((pair["prompt_id"], (json.dumps(pair, ensure_ascii=False) + "\n").encode()))
-        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, UTF-8 cannot
-            text = error.object[max(error.start - 20, 0) : error.end]
-            raise ValueError(
-                f"{where}: half of a surrogate pair at the end of {text!a}, expected Unicode text"
-            ) from None
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            raise located(where, error) from None
         compare_rules(record, counts)
         counts["records"] += 1
+    if marks:
+        marks.refuse_unused()
     if not pairs:
         reasons = ", ".join(f"{counts[drop]} {drop}" for drop in Drop if counts[drop])
         raise ValueError(f"{paths[0]}: no pair is left of {counts['records']} records: {reasons}")
@@ -510,6 +599,14 @@ def check_paths(raw: Sequence[Path], outputs: Sequence[Path], overwrite: bool) -
         raise ValueError(f"{twice[0]}: given twice")
 
 
+def located(where: str, error: ValueError) -> ValueError:
+    """An error with the place of its record. JSON can spell half of a surrogate pair, UTF-8 cannot."""
+    if isinstance(error, UnicodeEncodeError):
+        text = error.object[max(error.start - 20, 0) : error.end]
+        return ValueError(f"{where}: half of a surrogate pair at the end of {text!a}, expected Unicode text")
+    return ValueError(f"{where}: {error}")
+
+
 def binarize_files(
     paths: Sequence[str | Path],
     output: str | Path,
@@ -518,17 +615,19 @@ def binarize_files(
     test_size: int = 0,
     system_prompt: str | None = None,
     overwrite: bool = False,
+    curation: str | Path | None = None,
 ) -> tuple[Counter[str], dict[Path, int]]:
     """Make pairs of raw files and write them to `output`, with `test_size` of them in OUTPUT-test.jsonl instead.
 
+    `curation` is a file of marks, which are applied before the split.
     Returns the counts, and the number of pairs in each file written. On any error the outputs are as they were.
     """
     raw, output = [Path(path) for path in paths], Path(output)
     outputs = [output, output.with_name(f"{output.stem}-test.jsonl")][: 2 if test_size else 1]
     if test_size < 0:
         raise ValueError(f"--test-size is {test_size}, expected 0 or more")
-    check_paths(raw, outputs, overwrite)
-    pairs, counts = read_pairs(raw, by, seed, system_prompt)
+    check_paths([*raw, Path(curation)] if curation else raw, outputs, overwrite)
+    pairs, counts = read_pairs(raw, by, seed, system_prompt, Marks(Path(curation)) if curation else None)
     splits = dict(zip(outputs, split(pairs, test_size, seed), strict=False))
     write(splits)
     return counts, {path: len(lines) for path, lines in splits.items()}
@@ -538,14 +637,26 @@ def table(counts: Counter[str], written: dict[Path, int]) -> str:
     """What `binarize_files` returns, as text: name, count and share."""
     records, pairs = counts["records"], counts["pairs"]
     rows = [("records", records, 0)]  # name, count, and the count that it is a share of
-    rows += [(f"  dropped: {drop}", counts[drop], records) for drop in Drop]
+    rows += [(f"  dropped: {drop}", counts[drop], records) for drop in Drop if drop != Drop.MARKED or counts[drop]]
+    counted = [(f"  marked {mark}", counts[f"mark {mark}"], records) for mark in MARKS if mark != "drop"]
+    rows += [row for row in counted if row[1]]
     rows += [("pairs", pairs, records)]
     rows += [(f"  in {path}", count, pairs) for path, count in written.items()]
     rows += [("  whose prompt repeats another's", counts["repeats"], pairs)]
-    rows += [("records on which both rules choose", counts["compared"], records)]
-    rows += [("  their chosen answers differ", counts["differ"], counts["compared"])]
-    rows += [("completions with overall_score 10", counts["tens"], 0)]
-    rows += [("  whose mean rating is at most 2", counts["low tens"], counts["tens"])]
+    return layout(rows + rows_of_the_rules(counts))
+
+
+def rows_of_the_rules(counts: Counter[str]) -> list[tuple[str, int, int]]:
+    """The counts of `compare_rules`. audit.py prints the same ones."""
+    return [
+        ("records on which both rules choose", counts["compared"], counts["records"]),
+        ("  their chosen answers differ", counts["differ"], counts["compared"]),
+        ("completions with overall_score 10", counts["tens"], 0),
+        ("  whose mean rating is at most 2", counts["low tens"], counts["tens"]),
+    ]
+
+
+def layout(rows: list[tuple[str, int, int]]) -> str:
     width = max(len(name) for name, _, _ in rows)
     return "\n".join(f"{name:<{width}} {n:>9,}" + (f" {n / of:>7.1%}" if of else "") for name, n, of in rows)
 
@@ -563,11 +674,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=42, metavar="S", help="draws rejected answers and held-out prompts (default: 42)")
     add("--test-size", type=int, default=0, metavar="N", help="hold out N pairs in FILE-test.jsonl (default: 0)")
     add("--system-prompt", metavar="TEXT", help="start every conversation with this system turn; '' makes an empty one")
+    add("--curation", type=Path, metavar="FILE", help="apply the marks that were made on the page of audit.py")
     add("--overwrite", action="store_true", help="replace outputs that exist")
     args = parser.parse_args(argv)
     try:
         counts, written = binarize_files(
-            args.raw, args.output, args.by, args.seed, args.test_size, args.system_prompt, args.overwrite
+            args.raw,
+            args.output,
+            args.by,
+            args.seed,
+            args.test_size,
+            args.system_prompt,
+            args.overwrite,
+            args.curation,
         )
         print(table(counts, written))
     except (ValueError, OSError) as error:

@@ -71,7 +71,9 @@ class DPO:
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    rank: int = setting("of what each target matrix learns, with the base frozen; 0 trains all weights", 0, "[0, inf)")
+    rank: int = setting(
+        "of what each target matrix learns, with the base frozen; 0 trains all weights", 0, "[0, 65536]"
+    )
     alpha: float = setting("what is learned is scaled by alpha / rank", 16.0, "(0, inf)")
     targets: tuple[str, ...] = setting(f"linear layers, of {', '.join(LAYERS)}", LAYERS[:4])
     export: Literal["merged", "adapter"] = setting(

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from notus.dims import MistralConfig
 from notus.logprobs import CHUNK_ROWS, KEEP_BYTES
 from notus.lora import LoRA, add_lora
-from notus.model import RECOMPUTE, DecoderLayer, is_product, rotary_table
+from notus.model import RECOMPUTE, DecoderLayer, RMSNorm, is_product, rotary_table
 
 GIB = 2**30
 RESERVE_GIB = 3.0  # of a GPU's memory, for CUDA itself and for fragmentation
@@ -158,7 +158,7 @@ def activation_bytes(
         if lora:
             add_lora(layer, lora, dtype)
         layer.to(dtype)
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        for norm in (module for module in layer.modules() if isinstance(module, RMSNorm)):
             norm.weight.requires_grad_()  # frozen or not, the kernel saves its input
             vars(norm)["forward"] = functools.partial(torch.mul, norm.weight)
         x = torch.empty(tokens, dims.hidden_size, dtype=dtype, requires_grad=True)
@@ -172,7 +172,9 @@ def activation_bytes(
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 layer(x, rotary, attend, 0)
     more = dims.hidden_size * dtype.itemsize if compiled and recompute == "elementwise" else 0
-    rows = dims.num_attention_heads + (2 if recompute == "none" else 0)  # float32: attention's, and the two norms'
+    rows = dims.num_attention_heads  # float32: attention's, and those that the norms keep
+    if recompute == "none":
+        rows += 2 + dims.qk_norm * (dims.num_attention_heads + dims.num_key_value_heads)
     return sum(storage.nbytes() for storage in kept.values()) // tokens + 4 * rows + more
 
 

@@ -1,5 +1,8 @@
 """Mistral-7B (Jiang et al. 2023, arXiv:2310.06825): RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
+Llama, Qwen 2 and Qwen 3 are this model too. Three fields of its dimensions (dims.py) say where they differ:
+`rope_scaling` is Llama 3's, `qkv_bias` Qwen 2's, `qk_norm` Qwen 3's.
+
 Parameters have the names of the Hugging Face checkpoint, so loading and export rename nothing. The model does not know
 about batches, ranks or padding. It reads a flat stream of tokens, and `attend` decides which token sees which
 (attention.py).
@@ -8,6 +11,7 @@ Legend: T tokens of the stream, R rows that are scored, D model dimension, V voc
 heads, d head dimension.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from notus.attention import PackedAttention
-from notus.dims import MistralConfig
+from notus.dims import Llama3Rope, MistralConfig
 from notus.logprobs import sequence_logps, token_logps
 from notus.packing import Stream
 
@@ -39,14 +43,25 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: Llama3Rope | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of position * theta^(-2i/d), two (T, 1, d/2). Su et al. 2021 (arXiv:2104.09864), equation 15.
 
-    They are float32 or wider. In bfloat16 an angle near position 512 would be wrong by 0.6 rad.
+    They are float32 or wider. In bfloat16 an angle near position 512 would be wrong by 0.6 rad. `scaling` is Llama
+    3.1's, for longer texts (`apply_scaling` in meta-llama/llama-models): frequencies that turn less than
+    `low_freq_factor` times in the original context are divided by `factor`, those that turn more than
+    `high_freq_factor` times stay, and those between are interpolated.
     """
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, head_dim, 2, dtype=wide, device=positions.device) / head_dim  # (d/2,)
-    angles = positions[:, None].to(wide) * theta**-exponents  # (T, d/2)
+    frequencies = theta**-exponents  # (d/2,) rad a token
+    if scaling is not None:
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    angles = positions[:, None].to(wide) * frequencies  # (T, d/2)
     return angles.cos()[:, None], angles.sin()[:, None]
 
 
@@ -61,16 +76,19 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (
+            RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int, rows: Tensor | None
     ) -> Tensor:
-        query = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, H, d)
-        key = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
+        query = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, H, d)
+        key = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, K, d)
         value = self.v_proj(x).unflatten(-1, (-1, self.head_dim))  # (T, K, d)
         out = attend(layer, rotate(query, *rotary), rotate(key, *rotary), value)  # (T, H, d)
         out = out.flatten(-2)  # (T, H * d)
@@ -116,7 +134,7 @@ RECOMPUTE = ("none", "elementwise", "half", "full")
 
 def is_product(op: torch._ops.OpOverload) -> bool:
     """Whether `op` is a matrix product or attention, whichever kernel computes it. These are worth their memory."""
-    return op.name() == "aten::mm" or "attention" in op.name() or "attn" in op.name()
+    return op.name() in ("aten::mm", "aten::addmm") or "attention" in op.name() or "attn" in op.name()
 
 
 def keep_products() -> tuple:
@@ -142,7 +160,8 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor) -> Tensor:
         """(T,), (T,), rows (R,) -> (R, D)"""
         x = self.embed_tokens(input_ids)  # (T, D)
-        rotary = rotary_table(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        config = self.config
+        rotary = rotary_table(positions, config.head_dim, config.rope_theta, x.dtype, config.rope_scaling)
         for index, layer in enumerate(self.layers):
             inputs = x, rotary, attend, index, rows if index == len(self.layers) - 1 else None
             if not torch.is_grad_enabled() or self.recompute == "none":
@@ -190,11 +209,11 @@ class Mistral(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Random weights for training from scratch: normal with `initializer_range`, norms at 1."""
+        """Random weights for training from scratch: normal with `initializer_range`, norms at 1, biases at 0."""
         generator = torch.Generator(device=next(self.parameters()).device).manual_seed(seed)
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             else:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
 

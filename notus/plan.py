@@ -222,7 +222,7 @@ def plan(
     path = Path(config.model.path) / "config.json"
     dims = MistralConfig.read(path.parent) if path.is_file() else MISTRAL_7B
     train = np.tile(lengths, (num_pairs, 1))  # (P, 3)
-    test = np.tile(lengths, (HELD_OUT_PAIRS if config.data.test else 0, 1))
+    test = np.tile(lengths, (HELD_OUT_PAIRS if config.data.test or config.data.test_size else 0, 1))
     prompt, chosen, rejected = lengths
     means = ", UltraFeedback's means at 512 / 1024" if tuple(lengths) == LENGTHS else ""
     lines = [

@@ -108,9 +108,8 @@ def finish(facts: dict[str, Any], first: dict[str, float | None], last: dict[str
         return "\n".join([*lines, "next:", f"  peft.PeftModel.from_pretrained({base}, {str(output / 'final')!r})"])
     lines += ["next:", f"  {shlex.join(['python', '-m', 'notus.generate', '--model', str(output / 'final')])}"]
     if last:
-        size = settings["data.test_size"]
+        size, base = settings["data.test_size"], settings["dpo.reference"] or settings["model.path"]
         data = [*settings["data.train"], "--test-size", str(size)] if size else settings["data.test"]
-        base = settings["dpo.reference"] or settings["model.path"]
         compare = ["--model", str(output / "final"), "--base", base, "--data", *data]
         lines.append(f"  {shlex.join(['python', '-m', 'notus.evaluate', 'preferences', *compare])}")
     return "\n".join(lines)

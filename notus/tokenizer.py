@@ -60,7 +60,7 @@ class Tokenizer:
     def begin(self, bos: bool) -> list[int]:
         """The ids before a text: BOS or none. ValueError if there is no BOS to put there."""
         if bos and self.bos_id is None:
-            raise ValueError(f"{self.path}: this tokenizer has no BOS token: set data.bos=false")
+            raise ValueError(f"{self.path}: this tokenizer has no BOS token: set data.bos=false, or say --no-bos")
         return [self.bos_id] if bos and self.bos_id is not None else []
 
     def encode(self, text: str, bos: bool = False) -> list[int]:

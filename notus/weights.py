@@ -115,7 +115,7 @@ def _open(path: Path) -> Any:
 def check_weights(model_dir: str | Path, config: MistralConfig) -> tuple[dict[str, Path], list[str]]:
     """Compare names, shapes and dtypes with the config. It reads headers only, no weight.
 
-    It returns the map from tensor to file, and the names of the buffers in the files that are not weights: a Mistral
+    It returns the map from tensor to file, and the names of the buffers in the files that are not weights: the model
     computes them itself, so they are not in the map. A tied model may also have `lm_head.weight` in its map.
     """
     found = weight_map(model_dir)
@@ -359,16 +359,18 @@ def _remove(path: Path) -> None:
 def exported_config(base: dict, dtype: torch.dtype) -> dict:
     """The base's config.json with the new dtype, and with `use_cache` on: training scripts leave it off, and then every
     generation would read the whole text again for each token. A file in the spelling of transformers 5 also gets that
-    of version 4, which would otherwise take 10000 for rope_theta without a word."""
+    of version 4, which would otherwise take 10000 for rope_theta, and no scaling, without a word."""
     config = dict(base)
     name = str(dtype).removeprefix("torch.")
     for key in [key for key in ("torch_dtype", "dtype") if key in base] or ["torch_dtype"]:
         config[key] = name
     config["use_cache"] = True
-    rope = base.get("rope_parameters") or {}
+    rope = dict(base.get("rope_parameters") or {})
     if "rope_theta" in rope and "rope_theta" not in base:
-        config["rope_theta"] = rope["rope_theta"]
+        config["rope_theta"] = rope.pop("rope_theta")
         config.setdefault("torch_dtype", name)
+        if rope.get("rope_type", "default") != "default":
+            config.setdefault("rope_scaling", rope)
     return config
 
 

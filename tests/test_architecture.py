@@ -21,7 +21,7 @@ EXCEPT = {  # of the leaves
 }  # fmt: skip
 
 SOURCES = {path.stem: path for path in sorted((ROOT / "notus").glob("*.py")) if not path.stem.startswith("__")}
-SCRIPTS_IN_ORDER = ["train.py", "binarize.py"]
+SCRIPTS_IN_ORDER = ["train.py", "binarize.py", "audit.py"]
 SCRIPTS = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 
 
@@ -103,6 +103,15 @@ def test_binarize_stands_alone():
     assert not {name.split(".")[0] for name in imports(SCRIPTS["binarize"])} & {"notus", "torch"}
 
 
+def test_audit_needs_notus_only_for_pairs():
+    """Beyond binarize.py it imports notus.rows, in the function that reads pairs, so raw records need nothing of it."""
+    path = SCRIPTS["audit"]
+    assert not {name.split(".")[0] for name in imports(path)} & {"torch", "numpy"}
+    assert notus_imports(path) == {"rows"}
+    top = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
+    assert not [node for node in top if node.module.startswith("notus")]
+
+
 def test_peers_are_imported_by_tests_and_benchmarks_only():
     for path in (*SOURCES.values(), *SCRIPTS.values()):
         assert not {name.split(".")[0] for name in imports(path)} & {"transformers", "trl", "accelerate", "peft"}, path
@@ -114,7 +123,10 @@ def test_no_file_is_named_for_nothing_in_particular():
 
 def test_every_file_has_its_test_and_every_test_its_file():
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
-    assert tests - {"architecture", "faults", "fuzz", "memory", "project"} == {*SOURCES, *SCRIPTS}
+    assert tests - {"architecture", "families", "faults", "fuzz", "memory", "project", "smollm2"} == {
+        *SOURCES,
+        *SCRIPTS,
+    }
 
 
 def test_readme_maps_every_file_and_no_other():
@@ -133,11 +145,11 @@ def test_readme_commands_name_what_exists():
     for command in commands:
         for module in re.findall(r"-m notus\.(\w+)", command):
             assert module in SOURCES, command
-        for path in re.findall(r"configs/[\w-]+\.toml", command):
+        for path in re.findall(r"configs/[\w.-]+\.toml", command):
             assert (ROOT / path).is_file(), command
         for name in re.findall(r"(?<![\w.])(\w+\.\w+)=", command):
             assert name in config.SETTINGS, command
-        program = next((p for p in (r"-m notus\.(\w+)", r"(binarize|train)\.py") if re.search(p, command)), None)
+        program = next((p for p in (r"-m notus\.(\w+)", r"(audit|binarize|train)\.py") if re.search(p, command)), None)
         if program:
             name = re.search(program, command)[1]
             source = (SOURCES | SCRIPTS)[name].read_text() + SOURCES["generate"].read_text()

@@ -265,6 +265,15 @@ def test_a_failing_render_names_the_file(tmp_path: Path, source: str, messages: 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("huge", ["10**(10**9)", "2**20000 * 2**20000", "(2**9000) * (2**9000)"])
+def test_no_template_computes_with_huge_integers(huge: str) -> None:
+    """No signal would stop that: it is one call into C."""
+    template = ChatTemplate(f"{{{{ 2**9 * 3 }}}}{{% if 0 %}}{{{{ {huge} }}}}{{% endif %}}")
+    assert template.render(turns("Hi")) == "1536"
+    with pytest.raises(ValueError, match=r"the result of \*+ has some [\d,]+ bits"):
+        ChatTemplate(f"{{{{ {huge} }}}}").render(turns("Hi"))
+
+
 def test_a_template_that_never_ends_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)
     template = ChatTemplate(ENDLESS, origin="FILE")

@@ -835,12 +835,12 @@ def test_torchrun_hands_signals_on(home: Path, tmp_path: Path) -> None:
 
 OTHER = {
     "data.max_length": 40, "data.max_prompt_length": 20, "data.bos": False, "data.drop_bad_pairs": True,
-    "data.insert_system": False, "data.system_prompt": "a b", "data.test_size": 2.0, "dpo.loss": "ipo", "dpo.beta": 0.2,
-    "dpo.label_smoothing": 0.1, "dpo.nll_weight": 0.5, "lora.rank": 2, "lora.alpha": 8.0, "lora.targets": ["q_proj"],
-    "train.schedule": "cosine",
+    "data.insert_system": False, "data.system_prompt": "a b", "dpo.loss": "ipo", "dpo.beta": 0.2,
+    "dpo.label_smoothing": 0.1, "dpo.nll_weight": 0.5,
     "train.learning_rate": 2e-3, "train.optimizer": "adamw", "train.weight_decay": 0.1, "train.warmup_ratio": 0.5,
     "train.num_train_epochs": 2, "train.pairs_per_step": 9, "train.max_grad_norm": 0.5, "train.seed": 43,
-    "train.compute_dtype": "bfloat16",
+    "train.compute_dtype": "bfloat16", "train.schedule": "cosine", "lora.rank": 2, "lora.alpha": 4.0,
+    "lora.targets": ["q_proj"], "data.test_size": 0.5,
 }  # fmt: skip
 BESIDE = {"dpo.loss": ["dpo.beta=0.1"], "data.test_size": ["data.test="]}  # which these need
 

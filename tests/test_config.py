@@ -28,7 +28,8 @@ def minimal(tmp_path):
 
 def test_shipped_configs_are_there():
     recipes = {"notus-7b-v1", "notus-7b-v1-a100-40gb", "notus-7b-v1-lora", "zephyr-7b-beta", "zephyr-7b-2024"}
-    assert {path.stem for path in SHIPPED} == {"demo", *recipes}
+    families = {"smollm2-135m", "llama-3.2-1b", "llama-3.1-tulu-3-8b", "qwen2.5-0.5b", "qwen2.5-7b", "qwen3-0.6b"}
+    assert {path.stem for path in SHIPPED} == {"demo", *recipes, *families, "qwen3-8b"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -46,8 +47,9 @@ def test_a_shipped_line_changes_a_value_or_has_a_comment(path):
 def test_the_recipe_names_its_optimizer():
     """The default is adamw, which is not what Notus and Zephyr of 2023 used."""
     assert config.SETTINGS["train.optimizer"].default == "adamw"
+    rmsprop = {"demo", "notus-7b-v1", "notus-7b-v1-a100-40gb", "notus-7b-v1-lora", "zephyr-7b-beta"}
     named = {path.stem: config.load(path).train.optimizer for path in SHIPPED}
-    assert named == dict.fromkeys(named, "rmsprop") | {"zephyr-7b-2024": "adamw"}
+    assert named == dict.fromkeys(named, "adamw") | dict.fromkeys(rmsprop, "rmsprop")
 
 
 def test_the_handbooks_recipe_of_2024_beside_that_of_2023():
@@ -65,6 +67,13 @@ def test_a_lora_run_differs_from_the_recipe_by_lora_and_its_folder():
     assert {name for name in full if full[name] != lora[name]} == {"lora.rank", "train.output_dir"}
 
 
+def test_models_without_bos_and_templates_with_a_system_turn_of_their_own_are_left_so():
+    """What a Qwen or a Llama 3 was fine-tuned with: its own frame, not Zephyr's."""
+    for path in SHIPPED:
+        zephyr, data = path.stem.startswith(("notus", "zephyr", "demo")), config.load(path).data
+        assert (data.bos, data.insert_system) == (not path.stem.startswith("qwen"), zephyr), path
+
+
 def test_the_40_gb_run_is_the_same_run():
     large, small = (
         config.flat(config.load(config.CONFIGS / f"notus-7b-v1{suffix}.toml")) for suffix in ("", "-a100-40gb")
@@ -79,7 +88,16 @@ NASTY = 'a"b\\c\n\t\x7f\x01é🙂\u2028 # not a comment'
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_round_trip(path, tmp_path):
-    c = config.load(path, ["data.train=['x.jsonl', 'y z.jsonl']", "dpo.beta=1e-5", "train.seed=0", "data.bos=false"])
+    c = config.load(
+        path,
+        [
+            "data.train=['x.jsonl', 'y z.jsonl']",
+            "dpo.beta=1e-5",
+            "train.seed=0",
+            "data.bos=false",
+            "data.insert_system=true",
+        ],
+    )
     c = replace(c, model=config.Model(path=NASTY), data=replace(c.data, system_prompt=NASTY))
     saved = tmp_path / "elsewhere" / "resolved.toml"
     saved.parent.mkdir()
@@ -263,7 +281,8 @@ def test_lora_without_a_target_is_refused(minimal):
         ("beta=0.1", "did you mean dpo.beta?"),
         ("train.lr=0.1", "unknown setting train.lr; [train] has output_dir, learning_rate,"),
         ("train.schedule=constant", 'train.schedule must be "linear" or "cosine", not \'constant\''),
-        ("lora.rank=-1", "lora.rank = -1 is outside [0, inf)"),
+        ("lora.rank=-1", "lora.rank = -1 is outside [0, 65536]"),
+        ("lora.rank=65537", "lora.rank = 65537 is outside [0, 65536]"),
         ("lora.alpha=0", "lora.alpha = 0.0 is outside (0, inf)"),
         ("lora.targets=qproj", "lora.targets has 'qproj'; it must be of q_proj, k_proj, v_proj, o_proj, gate_proj, up"),
         ("lora.targets=[7]", "lora.targets must be a text or a list of texts, not [7]"),

@@ -34,7 +34,7 @@ from notus.cost import (
     traffic_bytes,
     training_flops,
 )
-from notus.dims import MistralConfig
+from notus.dims import FAMILIES, MistralConfig
 from notus.distributed import World
 from notus.logprobs import CHUNK_ROWS, token_logps
 from notus.lora import TARGETS, LoRA, add_lora, initialize, lora_layers
@@ -68,7 +68,13 @@ def memory(recompute: str = "none", scored: float = 0.8, **changes) -> dict[str,
     return memory_gib(MISTRAL_7B, job(**changes), scored, recompute)
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_config(tie_word_embeddings=True), MISTRAL_7B])
+@pytest.mark.parametrize(
+    "config",
+    [
+        tiny_config(), tiny_config(tie_word_embeddings=True), tiny_config(qkv_bias=True), tiny_config(qk_norm=True),
+        MISTRAL_7B,
+    ],
+)  # fmt: skip
 def test_parameters_are_those_of_the_model(config: MistralConfig):
     model = meta_model(config)
     of_layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
@@ -203,8 +209,11 @@ def causal(_layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Ten
 
 def kept_on_cpu(config: MistralConfig, dtype: torch.dtype, level: str, lora: LoRA | None = None) -> int:
     """`activation_bytes`, and what the CPU keeps beyond that: its RMSNorm is made of plain operations, which keep two
-    float32 rows, the input made wide and the normalized one, where the GPU's kernel keeps the input as it is."""
-    norms = 2 * config.hidden_size * (4 + 4 - dtype.itemsize) if level == "none" else 0
+    float32 rows, the input made wide and the normalized one, where the GPU's kernel keeps the input as it is. Nothing
+    needs the normalized one of Qwen 3's head norms if they are frozen."""
+    of_heads = config.qk_norm * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    norms = 2 * config.hidden_size * (4 + 4 - dtype.itemsize) + of_heads * ((0 if lora else 4) + 4 - dtype.itemsize)
+    norms = norms if level == "none" else 0
     return activation_bytes(config, dtype, level, False, lora) + norms
 
 
@@ -212,11 +221,15 @@ def kept_on_cpu(config: MistralConfig, dtype: torch.dtype, level: str, lora: LoR
 @pytest.mark.parametrize("heads", [4, 1])
 @pytest.mark.parametrize("level", RECOMPUTE)
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-def test_activations_are_what_is_alive_after_a_forward_pass(level: str, heads: int, dtype: torch.dtype, lora):
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_activations_are_what_is_alive_after_a_forward_pass(
+    family: str, level: str, heads: int, dtype: torch.dtype, lora
+):
     """Of a real model on real numbers, with autograd and with selective checkpointing: two layers more keep so much."""
     tokens, alive = 48, []
     for layers in (3, 5):
-        config = tiny_config(num_key_value_heads=heads, hidden_size=44, intermediate_size=100, num_hidden_layers=layers)
+        sizes = {"num_key_value_heads": heads, "hidden_size": 44, "intermediate_size": 100}
+        config = tiny_config(num_hidden_layers=layers, **sizes, **FAMILIES[family][1])
         model = tiny_model(config, dtype=dtype).model
         if lora:
             add_lora(model, lora, dtype)

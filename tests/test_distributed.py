@@ -20,7 +20,8 @@ from notus.model import Mistral, pair_logps
 from notus.packing import pack_pairs
 from notus.tokens import Pair
 
-CONFIG = tiny_config(hidden_size=15, intermediate_size=21, initializer_range=0.1)  # rows that two ranks cannot halve
+# Rows that two ranks cannot halve, and every kind of parameter: matrices, norms, Qwen 2's biases, Qwen 3's norms.
+CONFIG = tiny_config(hidden_size=15, intermediate_size=21, initializer_range=0.1, qkv_bias=True, qk_norm=True)
 PAIRS = random_pairs(np.random.default_rng(0), 9, CONFIG.vocab_size)
 
 

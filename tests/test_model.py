@@ -78,9 +78,11 @@ def test_mistral_7b_has_its_291_tensors_and_7241732096_parameters():
 
 
 @pytest.mark.parametrize(("level", "products_again"), [("none", 0), ("elementwise", 0), ("half", 3), ("full", 5)])
-def test_what_is_recomputed_changes_no_bit_of_the_gradients(level: str, products_again: int):
-    """products_again: of how many of the 5 layers the matrix products run twice."""
-    model = tiny_model(tiny_config(num_hidden_layers=5, sliding_window=6))
+@pytest.mark.parametrize("biases", [False, True])
+def test_what_is_recomputed_changes_no_bit_of_the_gradients(level: str, products_again: int, biases: bool):
+    """products_again: of how many of the 5 layers the matrix products run twice. With a bias torch has another name for
+    them."""
+    model = tiny_model(tiny_config(num_hidden_layers=5, sliding_window=6, qkv_bias=biases))
     stream = pack_pairs(random_pairs(np.random.default_rng(0), 4, model.config.vocab_size))
     plain = gradients(pair_logps(model, stream).sum(), model)
     model.model.recompute = level
@@ -101,7 +103,7 @@ class Products(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten.mm.default
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
         return func(*args, **kwargs or {})
 
 

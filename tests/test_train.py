@@ -639,10 +639,11 @@ def test_environment_json_says_what_it_takes_to_run_again(world_dir: Path, finis
     facts = json.loads((finished / "environment.json").read_text())
     assert facts.keys() == {
         "command", "started", "git_commit", "versions", "devices", "threads", "data_sha256", "model_sha256",
-        "identity", "identity_sha256", "processes", "settings", "train_pairs", "test_pairs", "steps",
+        "reference_sha256", "identity", "identity_sha256", "processes", "settings", "train_pairs", "test_pairs",
+        "steps",
     }  # fmt: skip
     alone = distributed.World(0, 1, torch.device("cpu"), None)
-    assert facts["model_sha256"] == weights.digest(world_dir / "base", alone)
+    assert facts["reference_sha256"] == facts["model_sha256"] == weights.digest(world_dir / "base", alone)
     assert facts["data_sha256"].keys() == {"train.jsonl", "test.jsonl"}
     assert (facts["processes"], facts["settings"]["train.seed"]) == (1, 42)
     assert (facts["train_pairs"], facts["test_pairs"], facts["steps"]) == (TRAIN_PAIRS, TEST_PAIRS, STEPS)
@@ -808,10 +809,10 @@ BAD = {
     "no such TOML": (lambda d: (d / "run.toml").unlink(), [], "run.toml: cannot be read: No such file"),
     "no config.json": (lambda d: (d / "base" / "config.json").unlink(), [], "config.json: no such file"),
     "malformed config.json": (lambda d: (d / "base" / "config.json").write_text("{"), [], "config.json:1: not JSON"),
-    "not Mistral": (
-        lambda d: change_json(d / "base" / "config.json", model_type="llama"),
+    "not of a known family": (
+        lambda d: change_json(d / "base" / "config.json", model_type="mixtral"),
         [],
-        "config.json: model_type is 'llama'; this model needs 'mistral'",
+        "config.json: model_type is 'mixtral'; supported are mistral, llama, qwen2, qwen3 (the nearest is mistral)",
     ),
     "no weights": (lambda d: (d / "base" / "model.safetensors").unlink(), [], "base: no weights in safetensors format"),
     "missing tensor": (lambda d: change_weights(d, lambda t: t.pop(NORM)), [], f"1 missing tensors, e.g. {NORM}"),
@@ -845,8 +846,8 @@ BAD = {
     "output is a file": (None, ["train.output_dir=test.jsonl"], "test.jsonl: is a file"),
     "output not empty": (
         None,
-        ["train.output_dir=base"],
-        "base: is not empty and holds no run; choose another",
+        ["train.output_dir=."],
+        ".: is not empty and holds no run; choose another",
     ),
     "no such GPU": (None, ["train.device=cuda"], "local rank 0 has no GPU"),
 }
@@ -957,7 +958,8 @@ def test_dry_run_needs_no_weights_and_says_what_the_run_costs(
     monkeypatch.setattr(base_module, "load_weights", lambda *_: pytest.fail("weights were read"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     data = [f"data.{name}={world_dir / name}.jsonl" for name in ("train", "test")]
-    assert train.main([str(path), "--dry-run", f"model.path={seven_b}", "data.cache_dir=tokens", *data]) == 0
+    words = [f"model.path={seven_b}", "data.cache_dir=tokens", "data.bos=true", "data.insert_system=true", *data]
+    assert train.main([str(path), "--dry-run", *words]) == 0
     report = capsys.readouterr().out
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB; the weights: 28,000,000
     assert [p.name for p in tmp_path.iterdir()] == ["tokens"]  # so that the run itself starts at once

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -690,7 +691,8 @@ def export_loaded(bases: list[Path], outs: list[Path]) -> None:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_many_ranks_export_the_very_files_that_one_exports(tmp_path: Path, num_ranks: int):
     bases = [
-        save_checkpoint(tiny_model(config), tmp_path / f"base{number}") for number, config in enumerate((ODD, ONE_ROW))
+        save_checkpoint(tiny_model(config), tmp_path / f"base{number}")
+        for number, config in enumerate((ODD, ONE_ROW, replace(ODD, qkv_bias=True), replace(ODD, qk_norm=True)))
     ]
     outs = [tmp_path / f"out{number}" for number in range(len(bases))]
     run_ranks(num_ranks, export_loaded, bases, outs)

@@ -45,14 +45,15 @@ def tiny_config(**overrides) -> MistralConfig:
 
 
 def tiny_model(config: MistralConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Mistral:
-    """Random weights, the same for every dtype. The norms' are spread around 1, so that forgetting one shows."""
+    """Random weights, the same for every dtype. Norms are spread around 1 and biases around 0, so that forgetting one
+    shows."""
     model = Mistral(config)
     model.initialize(seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.uniform_(0.5, 1.5, generator=generator)
+                parameter.uniform_(*((-0.2, 0.2) if name.endswith("bias") else (0.5, 1.5)), generator=generator)
     return model.to(dtype)
 
 
@@ -91,21 +92,35 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()) for name in theirs)
 
 
-def config_json(config: MistralConfig, spelling: int = 4, dtype: torch.dtype = torch.float32) -> dict:
+def family_of(config: MistralConfig) -> str:
+    """The model_type that has these dimensions. A Llama 2 is a Mistral without a window."""
+    return "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama" if config.rope_scaling else "mistral"
+
+
+def config_json(
+    config: MistralConfig, spelling: int = 4, dtype: torch.dtype = torch.float32, family: str | None = None
+) -> dict:
     """What a checkpoint's config.json holds, in the spelling of transformers 4 or 5."""
-    name = str(dtype).removeprefix("torch.")
-    raw = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "bos_token_id": 1, "eos_token_id": 2}
+    name, family = str(dtype).removeprefix("torch."), family or family_of(config)
+    raw = {"architectures": [f"{family.capitalize()}ForCausalLM"], "model_type": family}
+    raw |= {"bos_token_id": 1, "eos_token_id": 2}
     raw |= asdict(config) | {"hidden_act": "silu", "max_position_embeddings": 32768, "use_cache": False}
+    if raw.pop("qkv_bias") | raw.pop("qk_norm"):
+        raw |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
+    scaling = raw.pop("rope_scaling")
+    rope = {"rope_type": "llama3", **scaling._asdict()} if scaling else {}
     if spelling == 4:
-        return raw | {"torch_dtype": name, "transformers_version": "4.35.0"}
-    rope = {"rope_theta": raw.pop("rope_theta"), "rope_type": "default"}
+        return raw | {"rope_scaling": rope or None, "torch_dtype": name, "transformers_version": "4.35.0"}
+    rope = {"rope_type": "default"} | rope | {"rope_theta": raw.pop("rope_theta")}
     return raw | {"rope_parameters": rope, "dtype": name, "transformers_version": "5.0.0"}
 
 
-def save_checkpoint(model: Mistral, directory: Path, dtype: torch.dtype = torch.float32, spelling: int = 4) -> Path:
+def save_checkpoint(
+    model: Mistral, directory: Path, dtype: torch.dtype = torch.float32, spelling: int = 4, family: str | None = None
+) -> Path:
     """config.json and model.safetensors as Hugging Face lays them out, written by its library. No tokenizer files."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config_json(model.config, spelling, dtype), indent=2))
+    (directory / "config.json").write_text(json.dumps(config_json(model.config, spelling, dtype, family), indent=2))
     tensors = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
@@ -125,24 +140,29 @@ def save_base(directory: Path, words: str = "a b c d e f g", **overrides) -> Pat
     return directory
 
 
-def hf_twin(model: Mistral, attention: str = "eager") -> nn.Module:
-    """transformers' model with the same weights and dtype: the oracle. `twin(ids (B, T)).logits` is (B, T, V)."""
-    from transformers import MistralConfig as HFConfig  # here: processes that need no oracle start in half the time
-    from transformers import MistralForCausalLM
+def hf_class(family: str) -> type:
+    import transformers  # here: processes that need no oracle start in half the time
 
-    twin = MistralForCausalLM(HFConfig(**config_json(model.config, spelling=5), attn_implementation=attention))
+    return getattr(transformers, f"{family.capitalize()}ForCausalLM")
+
+
+def hf_twin(model: Mistral, attention: str = "eager", family: str | None = None) -> nn.Module:
+    """transformers' model with the same weights and dtype: the oracle. `twin(ids (B, T)).logits` is (B, T, V)."""
+    raw = config_json(model.config, spelling=5, family=family)
+    oracle = hf_class(raw["model_type"])
+    twin = oracle(oracle.config_class(**raw, attn_implementation=attention))
     twin.to(next(model.parameters()).dtype).eval()
     with torch.no_grad():
         theirs = dict(twin.named_parameters())
+        assert theirs.keys() == dict(model.named_parameters()).keys()
         for name, parameter in model.named_parameters():
             theirs[name].copy_(parameter)
     return twin
 
 
 def hf_load(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    from transformers import MistralForCausalLM
-
-    return MistralForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+    oracle = hf_class(json.loads((directory / "config.json").read_text())["model_type"])
+    return oracle.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
 
 
 def hf_logps(twin: nn.Module, prompt: np.ndarray, answer: np.ndarray) -> Tensor:
