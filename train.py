@@ -39,8 +39,8 @@ from torch import Tensor
 from notus import distributed, report
 from notus.base import load_sharded
 from notus.cost import training_flops
-from notus.evaluate import held_out_metrics
-from notus.losses import METRICS, dpo_loss, preference_metrics
+from notus.evaluate import answer_tokens, held_out_metrics
+from notus.losses import METRICS, PreferenceLoss
 from notus.metrics import Log, lasting_console
 from notus.model import Mistral, pair_logps
 from notus.optim import lr_at, make_optimizer
@@ -60,7 +60,7 @@ class Step(NamedTuple):
 
 def train_step(
     model: Mistral, optimizer: torch.optim.Optimizer, micro_batches: Sequence[MicroBatch], reference: Tensor,
-    num_pairs: int, world: distributed.World, *, beta: float, label_smoothing: float = 0.0, max_grad_norm: float = 1.0,
+    num_pairs: int, world: distributed.World, *, preference_loss: PreferenceLoss, max_grad_norm: float = 1.0,
     stopping: bool = False, check: Callable[[np.ndarray, Tensor, Tensor], None] | None = None,
 ) -> Step:  # fmt: skip
     """One step over `num_pairs` pairs, of which this rank's are in `micro_batches`. All ranks call.
@@ -69,16 +69,17 @@ def train_step(
     """
     totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=world.device)
     for members, stream in micro_batches:
-        policy = pair_logps(model, stream.to(world.device))  # (P, 2) log pi(y|x), chosen and rejected
+        stream = stream.to(world.device)
+        policy = pair_logps(model, stream)  # (P, 2) log pi(y|x), chosen and rejected
         old = to_device(reference[members], world.device)  # (P, 2) log pi_ref(y|x)
+        tokens = stream.tokens.view(-1, 2)  # (P, 2) of the answers
         if check:
             check(members, policy, old)
-        chosen_logratios, rejected_logratios = (policy - old).unbind(1)  # (P,) each
 
-        losses = dpo_loss(chosen_logratios, rejected_logratios, beta, label_smoothing)  # (P,)
+        losses = preference_loss(policy, old, tokens)  # (P,) equation 7 for dpo, the first function of losses.py
         (losses.sum() / num_pairs).backward()  # over the pairs of the whole step, however they were dealt
 
-        metrics = preference_metrics(losses, policy, chosen_logratios, rejected_logratios, beta)  # (P, M)
+        metrics = preference_loss.metrics(losses, policy, old, tokens)  # (P, M)
         totals[:-1] += metrics.double().sum(0)
     totals[-1] = stopping
     norm = distributed.full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm))
@@ -94,7 +95,7 @@ def train_step(
 
 def train(config: Config, inputs: Inputs, world: distributed.World, run: Run) -> None:
     setup, pairs = config.train, inputs.train
-    loss = {"beta": config.dpo.beta, "label_smoothing": config.dpo.label_smoothing}
+    preference_loss = inputs.frame.preference_loss
     started, first_step, total_steps = time.monotonic(), run.first_step, run.facts["steps"]
     warmup_steps, dtype = math.ceil(setup.warmup_ratio * total_steps), getattr(torch, setup.compute_dtype)
     world.say(report.banner(run.facts, inputs, world, [*inputs.notes, *run.disk_notes(inputs)], first_step))
@@ -114,12 +115,17 @@ def train(config: Config, inputs: Inputs, world: distributed.World, run: Run) ->
         if distributed.sum_over_ranks(torch.tensor(int(run.stop.received))) > 0:
             raise Preempted(first_step)
 
-    (reference, held_out), sentences = score_reference(
-        model, {"pairs": pairs, "held-out pairs": inputs.test}, world, cache_dir=config.reference.cache_dir,
-        model_sha256=run.facts["reference_sha256"], compute_dtype=dtype, budget=setup.micro_batch_tokens,
-        stopping=stop_if_asked,
-    )  # fmt: skip
+    if preference_loss.member.reference:
+        (reference, held_out), sentences = score_reference(
+            model, {"pairs": pairs, "held-out pairs": inputs.test}, world, cache_dir=config.reference.cache_dir,
+            model_sha256=run.facts["reference_sha256"], compute_dtype=dtype, budget=setup.micro_batch_tokens,
+            stopping=stop_if_asked,
+        )  # fmt: skip
+    else:
+        reference, held_out = (torch.zeros(len(each), 2) for each in (pairs, inputs.test))
+        sentences = [f"{preference_loss.name} has none"]
     world.say("\n".join(f"reference   {sentence}" for sentence in sentences))
+    preference_loss.check_start(reference, answer_tokens(pairs))
     if not same:
         del model
         distributed.free_memory()
@@ -134,7 +140,7 @@ def train(config: Config, inputs: Inputs, world: distributed.World, run: Run) ->
     def evaluate(step: int) -> None:
         if len(inputs.test):
             budget = setup.micro_batch_tokens
-            log.evaluated(step, held_out_metrics(model, inputs.test, held_out, world, budget, **loss))
+            log.evaluated(step, held_out_metrics(model, inputs.test, held_out, world, budget, preference_loss))
 
     if first_step == 0:
         with log.paused():
@@ -151,10 +157,11 @@ def train(config: Config, inputs: Inputs, world: distributed.World, run: Run) ->
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
-        # Law 1: before the first step the policy is its reference, pair by pair, and the loss is log 2.
-        law_1 = partial(check_same, pairs, dtype) if same and step == 0 else None
+        # Law 1: before the first step the policy is its reference, pair by pair. So loss and gradient are what
+        # check_start has found where the two are equal: log 2 for dpo, 1 / (4 beta^2) for ipo.
+        law_1 = partial(check_same, pairs, dtype) if same and step == 0 and preference_loss.member.reference else None
         result = train_step(
-            model, optimizer, micro_batches, reference, len(rows), world, **loss,
+            model, optimizer, micro_batches, reference, len(rows), world, preference_loss=preference_loss,
             max_grad_norm=setup.max_grad_norm, stopping=run.stop.received, check=law_1,
         )  # fmt: skip
         done, last = step + 1, step + 1 == total_steps

@@ -1,6 +1,7 @@
 """What LoRA saves: the memory and the time of a real step, beside full tuning of the same shape.
 
     python benchmarks/lora.py [--rank 16] [--layers 4]
+    python benchmarks/lora.py --offload          the optimizer's step on the CPU, which cpu_offload waits for
 
 Random weights and random tokens, with lengths as UltraFeedback has them, a quarter as long. Each variant trains in a
 process of its own, by train.train_step, twice, alternating. The peak is the process's own, less what it had before the
@@ -12,6 +13,8 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,7 @@ from notus.dims import MistralConfig
 from notus.lora import TARGETS, LoRA, add_lora, initialize, peft_tensors
 from notus.metrics import peak_memory_gib
 from notus.model import Mistral
+from notus.optim import make_optimizer
 from notus.weights import write_file, write_weights
 
 STEPS, PER_STEP = 6, 4
@@ -63,13 +67,44 @@ def measure(variant: str, layers: int, rank: int, optimizer: str) -> dict:
     return {"variant": variant, "trained": trained, "gib": peak, "held": held / 2**30, "seconds": seconds, **sizes}
 
 
+def offload(number: int = 50_000_000) -> None:
+    """Seconds for clipping and a step, by parameter, and the same in bytes that a copy would move meanwhile."""
+    from_here, to = torch.randn(number), torch.empty(number)
+
+    def best(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    rate = 2 * 4 * number / best(lambda: to.copy_(from_here))  # bytes/s, read and written
+    print(f"{torch.get_num_threads()} threads; a copy moves {rate / 1e9:.1f} GB/s")
+    for name in ("rmsprop", "adamw"):
+        weight = torch.nn.Parameter(torch.randn(number))
+        weight.grad = torch.randn(number)
+        optimizer = make_optimizer([weight], name, 1e-6, weight_decay=0.0)
+
+        def step(weight: torch.nn.Parameter = weight, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            torch.nn.utils.clip_grad_norm_([weight], 1.0)
+            optimizer.step()
+
+        seconds = best(step)
+        print(f"{name}: {seconds / number * 1e9:.1f} s for 1e9 parameters, {seconds * rate / number:.0f} bytes each")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", type=int, default=4, help="of width 1024")
     parser.add_argument("--optimizer", choices=["rmsprop", "adamw"], default="adamw")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--offload", action="store_true", help="time the optimizers on the CPU instead")
     arguments = parser.parse_args()
+    if arguments.offload:
+        offload()
+        return
     if arguments.variant:
         print(json.dumps(measure(arguments.variant, arguments.layers, arguments.rank, arguments.optimizer)))
         return

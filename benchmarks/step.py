@@ -40,6 +40,7 @@ from notus.cost import forward_flops, num_parameters, peak_flops
 from notus.dims import MistralConfig
 from notus.distributed import World, sum_over_ranks
 from notus.logprobs import sequence_logps
+from notus.losses import PreferenceLoss
 from notus.metrics import peak_memory_gib
 from notus.model import RECOMPUTE, Attend, Mistral
 from notus.optim import lr_at, make_optimizer
@@ -119,7 +120,14 @@ def run_steps(
             group["lr"] = learning_rate_at(step, len(steps))
         num_pairs = steps.shape[1]
         result = train.train_step(
-            model, optimize, batches, reference, num_pairs, world, beta=BETA, max_grad_norm=MAX_GRAD_NORM
+            model,
+            optimize,
+            batches,
+            reference,
+            num_pairs,
+            world,
+            preference_loss=PreferenceLoss("dpo", BETA),
+            max_grad_norm=MAX_GRAD_NORM,
         )
         losses.append(result.sums[0] / num_pairs)
         ends.append(time.perf_counter())

@@ -19,6 +19,7 @@ from notus.dims import MistralConfig
 from notus.distributed import World, shard
 from notus.files import checksum, file_digest, read_json, text_digest
 from notus.lora import LoRA, add_lora, initialize
+from notus.losses import PreferenceLoss
 from notus.model import Mistral
 from notus.tokenizer import Tokenizer, load_tokenizer
 from notus.tokens import Encoder
@@ -40,6 +41,15 @@ class Frame:
     max_length: int = 1024
     max_prompt_length: int = 512
     beta: float = 0.1
+    loss: str = "dpo"
+    label_smoothing: float = 0.0
+    margin: float = 0.0
+    nll_weight: float = 0.0
+
+    @property
+    def preference_loss(self) -> PreferenceLoss:
+        """ValueError as there."""
+        return PreferenceLoss(self.loss, self.beta, self.label_smoothing, self.margin, self.nll_weight)
 
 
 @dataclass(frozen=True)
@@ -131,12 +141,21 @@ def read_frame(model_dir: Path) -> tuple[Frame | None, dict[str, list[int]]]:
         "bos": (bool,), "system_prompt": (str, type(None)), "max_length": (int,), "max_prompt_length": (int,),
         "beta": (float, int),
     }  # fmt: skip
+    later = {name: getattr(Frame, name) for name in ("loss", "label_smoothing", "margin", "nll_weight")}
+    kinds |= {name: (str,) if name == "loss" else (float, int) for name in later}
+    raw = later | raw  # an earlier version had DPO alone
     for name, allowed in kinds.items():
         value = raw.get(name, ...)
-        if type(value) not in allowed or (type(value) in (int, float) and not 0 < value <= sys.float_info.max):
+        low = -sys.float_info.max if name in later else 0
+        if type(value) not in allowed or (type(value) in (int, float) and not low < value <= sys.float_info.max):
             found = "missing" if value is ... else f"{value!r:.80}"
             raise ValueError(f"{path}: {name} is {found}; delete the file to use Zephyr's frame")
-    frame = Frame(**{name: raw[name] for name in kinds} | {"beta": float(raw["beta"])})
+    values: dict[str, Any] = {name: float(raw[name]) if float in kind else raw[name] for name, kind in kinds.items()}
+    frame = Frame(**values)
+    try:
+        _ = frame.preference_loss
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; delete the file to use Zephyr's frame") from None
     if frame.max_prompt_length >= frame.max_length:
         raise ValueError(
             f"{path}: max_prompt_length is {frame.max_prompt_length}, which must be below max_length "

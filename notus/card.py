@@ -6,11 +6,14 @@ It claims only what the run itself measured on its held-out pairs.
 from pathlib import Path
 from typing import Any
 
+from notus.run import loss_of
+
 
 def model_card(facts: dict[str, Any], metrics: dict[str, float | None]) -> str:
     """facts: what environment.json holds (run.py). metrics: the last evaluation, by TRL's names, None where a value is
     not finite; {} if there were no held-out pairs."""
     settings = facts["settings"]
+    loss = loss_of(settings)
     is_adapter, rank = settings["lora.export"] == "adapter", settings["lora.rank"]
     base, output = (Path(settings[name]).resolve().name for name in ("model.path", "train.output_dir"))
     names = [name for name in metrics if name.startswith("eval_") and name != "eval_runtime"]
@@ -49,7 +52,7 @@ tags:
 
 # {plain(output)}
 
-{code(base)} tuned by Direct Preference Optimization ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)) with
+{code(base)} tuned by {loss.member.title} ([{loss.member.paper}]({loss.member.url})) with
 notus {facts["versions"]["notus"]}, commit `{facts["git_commit"]}`.
 
 ## Training
@@ -57,7 +60,7 @@ notus {facts["versions"]["notus"]}, commit `{facts["git_commit"]}`.
 | setting | value |
 |---|---|
 | pairs | {facts["train_pairs"]:,} |
-| beta, label smoothing | {settings["dpo.beta"]}, {settings["dpo.label_smoothing"]} |
+| preference loss | {loss} |
 | trained | {trained} |
 | optimizer, peak learning rate | {settings["train.optimizer"]}, {settings["train.learning_rate"]} |
 | schedule | {settings["train.schedule"]}, warmup over {settings["train.warmup_ratio"]:.0%} of {
@@ -69,8 +72,8 @@ notus {facts["versions"]["notus"]}, commit `{facts["git_commit"]}`.
 
 {evaluation if names else "There were no held-out pairs, so nothing was evaluated."}
 
-Accuracy is the share of pairs whose chosen answer has the higher reward, beta x (log-prob - log-prob under the \
-{"reference" if settings["dpo.reference"] else "base"}).
+Accuracy is the share of pairs whose chosen answer has the higher reward, \
+{loss.reward("model", "reference" if settings["dpo.reference"] else "base")}.
 
 ## Text
 

@@ -17,7 +17,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -59,14 +59,21 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class DPO:
-    beta: float = setting("strength of the pull towards the reference (Rafailov et al. 2023, eq. 7)", 0.1, "(0, inf)")
+    loss: Literal["dpo", "dpo_norm", "ipo", "simpo", "apo_zero"] = setting("python -m notus.losses shows each", "dpo")
+    beta: float = setting(
+        "pull towards the reference (Rafailov et al. 2023, eq. 7); each loss needs its own", 0.1, "(0, inf)"
+    )
     label_smoothing: float = setting("assumed share of pairs with swapped labels; 0 is plain DPO", 0.0, "[0, 0.5)")
+    margin: float = setting("of simpo: its gamma, by how much reward the chosen answer must lead", 0.0, "[0, inf)")
+    nll_weight: float = setting("adds so many times the chosen answer's -log pi a token (RPO)", 0.0, "[0, inf)")
     reference: str = setting("Hugging Face directory of another reference; empty: model.path", "", path=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    rank: int = setting("of what each target matrix learns, with the base frozen; 0 trains all weights", 0, "[0, inf)")
+    rank: int = setting(
+        "of what each target matrix learns, with the base frozen; 0 trains all weights", 0, "[0, 65536]"
+    )
     alpha: float = setting("what is learned is scaled by alpha / rank", 16.0, "(0, inf)")
     targets: tuple[str, ...] = setting(f"linear layers, of {', '.join(LAYERS)}", LAYERS[:4])
     export: Literal["merged", "adapter"] = setting(
@@ -133,6 +140,16 @@ class Config:
     reference: Reference
     distributed: Distributed
 
+
+# By dpo.loss: the usual range of its beta, and its settings besides. losses.py has the formulas; this file is read
+# before torch is.
+LOSSES = {
+    "dpo": ("0.01 to 0.5", ("label_smoothing",)),
+    "dpo_norm": ("2 to 10", ("label_smoothing",)),
+    "ipo": ("0.01 to 1", ()),
+    "simpo": ("2 to 10", ("margin",)),
+    "apo_zero": ("0.05 to 0.5", ()),
+}
 
 SECTIONS: dict[str, Any] = {s.name: s.type for s in fields(Config)}
 SETTINGS: dict[str, Field] = {f"{section}.{f.name}": f for section, kind in SECTIONS.items() for f in fields(kind)}
@@ -227,7 +244,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     An override is `section.key=value`, with or without a leading `--`. Its value is TOML, or plain text for a setting
     that is text. The last override of a setting wins. Any problem is a ValueError.
     """
-    entries = read_file(Path(os.path.expanduser(path))) | dict(map(parse_override, overrides))
+    entries = replaced(read_file(Path(os.path.expanduser(path))), dict(map(parse_override, overrides)))
     values = {}
     for name, (value, where) in entries.items():
         if name not in SETTINGS:
@@ -272,7 +289,13 @@ def read_file(path: Path, extended_by: tuple[str, ...] = ()) -> dict[str, tuple[
     extended_by = (*extended_by, os.path.realpath(path))
     if os.path.realpath(base) in extended_by:
         raise ValueError(f"{where}: extends = {extends!r} leads back to the same file")
-    return read_file(base, extended_by) | here
+    return replaced(read_file(base, extended_by), here)
+
+
+def replaced(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """The entries `below` with those `above` in their place. A loss that is named above does not inherit the beta of
+    another loss from below."""
+    return {name: value for name, value in below.items() if name != "dpo.beta" or "dpo.loss" not in above} | above
 
 
 def parse_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -371,6 +394,7 @@ def check(config: Config, where: dict[str, str]) -> None:
         places = ", ".join(dict.fromkeys(where.get(name, "default") for name in names))
         raise ValueError(f"{places}: {message}")
 
+    check_loss(config.dpo, where, refuse)
     data, lora = config.data, config.lora
     if wrong := [name for name in lora.targets if name not in LAYERS]:
         refuse(f"lora.targets has {shown(wrong[0])}; it must be of {', '.join(LAYERS)}", "lora.targets")
@@ -414,6 +438,30 @@ def check(config: Config, where: dict[str, str]) -> None:
                 reason = "held-out pairs must not be trained on" if name != other else "its pairs would count twice"
                 refuse(f"{name} has {path!r}, and {other} has {spelled!r}: the same file; {reason}", other, name)
             seen[real] = name, path
+
+
+def check_loss(dpo: DPO, where: dict[str, str], refuse: Callable[..., None]) -> None:
+    """A loss has a beta of its own, and none of the settings of the others."""
+    beta, options = LOSSES[dpo.loss]
+    if "dpo.loss" in where and "dpo.beta" not in where:
+        refuse(f'dpo.loss = "{dpo.loss}" needs a dpo.beta beside it, usually {beta}: no beta suits all', "dpo.loss")
+    if dpo.loss == "simpo" and "dpo.margin" not in where:
+        refuse('dpo.loss = "simpo" needs a dpo.margin, usually 0.3 to 1.6; 0 is none', "dpo.loss")
+    for name in ("label_smoothing", "margin"):
+        if getattr(dpo, name) and name not in options:
+            users = " and ".join(loss for loss, (_, used) in LOSSES.items() if name in used)
+            refuse(
+                f"dpo.{name} = {getattr(dpo, name):g} would never be used: only {users} can have it, and dpo.loss is "
+                f'"{dpo.loss}"',
+                f"dpo.{name}",
+                "dpo.loss",
+            )
+    if dpo.reference and dpo.loss == "simpo":
+        refuse(
+            f'dpo.reference = {dpo.reference!r} would never be used: dpo.loss is "simpo", which has no reference',
+            "dpo.reference",
+            "dpo.loss",
+        )
 
 
 def suggestion(name: str) -> str:

@@ -194,6 +194,7 @@ class Job:
     pairs_per_step: int
     eval_steps: int
     lora: LoRA | None = None
+    reference: bool = True  # whether the loss has one
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1 or self.num_gpus % self.replicate:

@@ -46,7 +46,7 @@ from notus.distributed import World, sum_over_ranks
 from notus.endpoint import Server
 from notus.files import sentence, write_atomically
 from notus.generate import choose_frame, model_arguments, place
-from notus.losses import METRICS, dpo_loss, preference_metrics
+from notus.losses import METRICS, PreferenceLoss
 from notus.model import Mistral
 from notus.reference import score_pairs
 from notus.rows import check_file, check_text, read_records
@@ -56,7 +56,7 @@ from notus.tokens import PairSet, describe_counts, load_pairs
 
 
 def held_out_metrics(
-    model: Mistral, pairs: PairSet, reference: Tensor, world: World, budget: int, beta: float, label_smoothing: float
+    model: Mistral, pairs: PairSet, reference: Tensor, world: World, budget: int, preference_loss: PreferenceLoss
 ) -> dict[str, float]:
     """Means of METRICS over P held-out pairs, with `eval_` before their names, and eval_runtime in seconds.
 
@@ -66,7 +66,8 @@ def held_out_metrics(
     totals = torch.zeros(len(METRICS), dtype=torch.float64, device=world.device)
 
     def add(rows: list[int], policy: Tensor) -> None:
-        totals.add_(pair_metrics(policy, reference[rows].to(world.device), beta, label_smoothing).double().sum(0))
+        old, tokens = (part[rows].to(world.device) for part in (reference, answer_tokens(pairs)))
+        totals.add_(pair_metrics(preference_loss, policy, old, tokens).double().sum(0))
 
     score_pairs(model, pairs, world, budget, add)
     means = (sum_over_ranks(totals) / len(pairs)).tolist()
@@ -74,11 +75,15 @@ def held_out_metrics(
     return line | {"eval_runtime": round(time.monotonic() - began, 3)}
 
 
-def pair_metrics(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """policy, reference (P, 2) -> METRICS of each pair (P, M)."""
-    chosen_logratios, rejected_logratios = (policy - reference).unbind(1)  # (P,) each
-    losses = dpo_loss(chosen_logratios, rejected_logratios, beta, label_smoothing)
-    return preference_metrics(losses, policy, chosen_logratios, rejected_logratios, beta)
+def pair_metrics(preference_loss: PreferenceLoss, policy: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
+    """policy, reference, tokens (P, 2) -> METRICS of each pair (P, M)."""
+    losses = preference_loss(policy, reference, tokens)
+    return preference_loss.metrics(losses, policy, reference, tokens)
+
+
+def answer_tokens(pairs: PairSet) -> Tensor:
+    """(P, 2): tokens of the chosen and of the rejected answer."""
+    return torch.from_numpy(pairs.lengths[:, 1:])
 
 
 # --- exact-match ---------------------------------------------------------------------------------------------------
@@ -196,10 +201,11 @@ def preferences(
     model: tuple[Base, Frame], reference: Base, data: Sequence[Path], device: torch.device, dtype: torch.dtype,
     micro_batch_tokens: int = 16384, test_size: float = 0.0, by: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """The lines of the report: `model` against `reference`, both in the model's frame, whose lengths and beta are those
+    """The lines of the report: `model` against `reference`, both in the model's frame, whose lengths and loss are those
     of the report. Pairs with nothing to tell apart are left out, and counted. by: a key of the rows, for the accuracy
     of each subset."""
     base, frame = model
+    preference_loss = frame.preference_loss
     pairs, reference_pairs = (
         load_pairs(
             data, each.encoder(frame), max_length=frame.max_length, max_prompt_length=frame.max_prompt_length,
@@ -214,20 +220,21 @@ def preferences(
         )
     known = read_subsets(data, by) if by else {}
     logps = []
-    for each in (base, reference):
+    for each in (base, reference) if preference_loss.member.reference else (base,):
         loaded = load_model(each, device, dtype)
         logps.append(score(loaded, pairs, micro_batch_tokens))
         del loaded  # before the next one is read
-    metrics = pair_metrics(logps[0], logps[1], frame.beta)  # (P, M)
+    metrics = pair_metrics(preference_loss, logps[0], logps[-1], answer_tokens(pairs))  # (P, M)
     mean = dict(zip(METRICS, metrics.mean(0).tolist(), strict=True))
 
     lines = [describe_counts(pairs.counts)]
+    start = "" if preference_loss.start is None else f"; {preference_loss.start:.4f} where model = base"
     explained = {
         "rewards/accuracies": "of the pairs: the chosen answer has the higher reward; a tie counts as wrong",
         "rewards/margins": "nats: reward of the chosen - reward of the rejected answer",
-        "rewards/chosen": "nats: beta * log(model / base)",
+        "rewards/chosen": f"nats: {preference_loss.reward('model', 'base')}",
         "rewards/rejected": "nats",
-        "loss": f"nats: DPO at beta {frame.beta:g}; log 2 = 0.6931 where model = base",
+        "loss": f"{preference_loss}{start}",
     }
     for name, meaning in explained.items():
         lines.append(f"{name:18}  {mean[name]:{'9.1%' if name == 'rewards/accuracies' else '9.4f'}}  {meaning}")

@@ -26,7 +26,7 @@ from notus.chat import with_system_turn
 from notus.demo import Question, Settings, make_pairs, record, write_jsonl, write_shell
 from notus.files import sentence
 from notus.logprobs import sequence_logps
-from notus.losses import METRICS, dpo_loss, preference_metrics
+from notus.losses import METRICS, PreferenceLoss
 from notus.model import Mistral
 from notus.optim import make_optimizer
 from notus.packing import Stream, pack_pairs
@@ -34,6 +34,7 @@ from notus.tokens import load_pairs
 
 PAGE = Path(__file__).parent.parent / "docs" / "dpo.md"
 BETA, LEARNING_RATE, MAX_GRAD_NORM = 0.1, 1e-4, 1.0
+LOSS = PreferenceLoss("dpo", BETA)
 
 
 def score(model: Mistral, stream: Stream, old: torch.Tensor | None = None) -> SimpleNamespace:
@@ -42,9 +43,9 @@ def score(model: Mistral, stream: Stream, old: torch.Tensor | None = None) -> Si
     attend = PackedAttention(stream.segments, model.config.sliding_window, stream.input_ids.device)
     new = model(stream.input_ids, stream.positions, attend, stream.source, stream.target)
     policy, reference = (sequence_logps(x, stream.sequence, 2) for x in (new, new.detach() if old is None else old))
-    chosen, rejected = (policy - reference).view(2, 1)
-    losses = dpo_loss(chosen, rejected, BETA)
-    metrics = preference_metrics(losses, policy[None], chosen, rejected, BETA)[0]
+    pair = policy[None], reference[None], stream.tokens[None]  # (1, 2) each
+    losses = LOSS(*pair)
+    metrics = LOSS.metrics(losses, *pair)[0]
     return SimpleNamespace(token_logps=new, policy=policy, reference=reference, loss=losses[0], metrics=metrics)
 
 

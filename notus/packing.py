@@ -55,11 +55,12 @@ class Stream:
     source: Tensor  # (R,) index into the stream of the token that predicts `target`
     target: Tensor  # (R,) token ids
     sequence: Tensor  # (R,) in [0, S)
+    tokens: Tensor  # (S,) how many response tokens each answer has
     segments: tuple[Segment, ...]
     num_sequences: int
 
     def to(self, device: torch.device) -> "Stream":
-        names = ("input_ids", "positions", "source", "target", "sequence")
+        names = ("input_ids", "positions", "source", "target", "sequence", "tokens")
         moved: dict[str, Any] = {name: to_device(getattr(self, name), device) for name in names}
         return replace(self, **moved)
 
@@ -98,7 +99,10 @@ def pack(segments: Sequence[tuple[Ids, Sequence[Ids]]]) -> Stream:
     def flat(parts: list) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64)) if parts else torch.empty(0, dtype=torch.int64)
 
-    return Stream(flat(ids), flat(positions), flat(source), flat(target), flat(sequence), tuple(layout), answer_count)
+    tokens = torch.tensor([length for segment in layout for length in segment.answers], dtype=torch.int64)
+    return Stream(
+        flat(ids), flat(positions), flat(source), flat(target), flat(sequence), tokens, tuple(layout), answer_count
+    )
 
 
 def pack_pairs(pairs: Sequence[Pair]) -> Stream:

@@ -65,7 +65,9 @@ def describe_cost(
     # FLOPs, of which only those of training grow with recomputation.
     forward, forward_test = (forward_flops(dims, lengths).sum() for lengths in (train, test))
     training_once = training_flops(dims, train, job.lora).sum()
-    flops = {"training": training_once * epochs, "reference, if nothing is cached": forward + forward_test}
+    flops = {"training": training_once * epochs}
+    if job.reference:
+        flops["reference, if nothing is cached"] = forward + forward_test
     if len(test):
         evaluations = 2 + (steps - 1) // job.eval_steps
         flops[f"{evaluations} evaluations"] = forward_test * evaluations

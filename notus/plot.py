@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from notus.run import loss_of, read_quietly
+
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F6B76"  # Okabe & Ito's blue and vermilion, safe for the colour-blind
 STYLE: Any = {  # matplotlib types its 300 names one by one
     "font.size": 9.5,
@@ -77,6 +79,7 @@ def epoch_ends(records: list[dict[str, Any]]) -> list[int]:
 def plot(run_dir: str | Path, output: str | Path | None = None) -> Path:
     """Draw the curves, and return the path of the picture. Its suffix picks the format (.png, .svg, .pdf)."""
     records = read_metrics(Path(run_dir) / "metrics.jsonl")
+    preference_loss = loss_of(read_quietly(Path(run_dir) / "environment.json").get("settings", {}))
     output = Path(output or Path(run_dir) / "curves.png")
     try:
         from matplotlib import rc_context
@@ -108,12 +111,14 @@ def plot(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
         loss.set(title="Loss", ylabel="nats per pair")
         curve(loss, "loss")
-        level(loss, math.log(2), "log 2: policy = reference")
+        if preference_loss.start is not None:
+            level(loss, preference_loss.start, f"{preference_loss.start:.4g}: policy = reference")
 
-        rewards.set(title="Implicit rewards", ylabel="beta x log-ratio to the reference (nats)")
+        rewards.set(title="Implicit rewards", ylabel=f"{preference_loss.reward('policy', 'reference')} (nats)")
         lines = curve(rewards, "rewards/chosen", BLUE), curve(rewards, "rewards/rejected", ORANGE)
         rewards.legend(lines, ("chosen", "rejected"), loc="lower left")
-        level(rewards, 0, "policy = reference")
+        if preference_loss.member.reference:
+            level(rewards, 0, "policy = reference")
 
         accuracy.set(title="Accuracy", ylabel="pairs ranked as labelled (%)")
         curve(accuracy, "rewards/accuracies")
@@ -122,7 +127,7 @@ def plot(run_dir: str | Path, output: str | Path | None = None) -> Path:
 
         margin.set(title="Margin", ylabel="reward of chosen - rejected (nats)", xlabel="step")
         curve(margin, "rewards/margins")
-        level(margin, 0, "policy = reference")
+        level(margin, 0, "policy = reference" if preference_loss.member.reference else "chance")
 
         norm.set(title="Gradient norm", ylabel="L2 over all weights, before clipping", xlabel="step", yscale="log")
         curve(norm, "grad_norm")

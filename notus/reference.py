@@ -302,7 +302,8 @@ def check_same(
         raise ArithmeticError(
             f"the untrained policy differs from its reference in {len(wrong)} of {len(policy)} pairs, most in "
             f"{pairs[indices[worst]].where}: policy {policy[worst].tolist()}, reference {reference[worst].tolist()} "
-            "nats. The loss would not begin at log 2. Delete reference.cache_dir to compute the reference again."
+            "nats. The loss would not begin at its known value (log 2 for dpo). Delete reference.cache_dir to compute "
+            "the reference again."
         )
 
 
@@ -312,6 +313,8 @@ def check_same(
 def fill(config: configuration.Config, rows: int) -> list[str]:
     """Load the reference, fill the cache, and compute `rows` random pairs again; a sentence for each set of pairs."""
     inputs, parallel, dtype = read_inputs(config), config.distributed, getattr(torch, config.train.compute_dtype)
+    if not inputs.frame.preference_loss.member.reference:
+        raise ValueError(f"dpo.loss = {config.dpo.loss!r} has no reference to score")
     world = distributed.start(config.train.device, parallel.replicate, parallel.timeout_minutes)
     try:
         model = load_sharded(inputs.reference, world, dtype, parallel.cpu_offload, frozen=True)

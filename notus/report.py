@@ -46,7 +46,7 @@ def banner(facts: dict[str, Any], inputs: Inputs, world: World, notes: Sequence[
         lines.append(f"held out    {files}: {describe_counts(test.counts)}")
     lines.append(
         f"steps       {facts['steps']:,} of {settings['train.pairs_per_step']} pairs, "
-        f"{settings['train.num_train_epochs']} epochs; beta {settings['dpo.beta']}, {settings['train.optimizer']}, "
+        f"{settings['train.num_train_epochs']} epochs; {inputs.frame.preference_loss}, {settings['train.optimizer']}, "
         f"peak learning rate {settings['train.learning_rate']}, {settings['train.schedule']}"
     )
     if lora := lora_of(settings):

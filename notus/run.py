@@ -39,6 +39,7 @@ from notus.cost import GIB, Job, least_recomputation, num_adapter_parameters, nu
 from notus.distributed import World, from_rank_zero, on_rank_zero, rank, world_size
 from notus.files import file_digest, lock, make_folder, read_json, text_digest, write_atomically
 from notus.lora import LoRA
+from notus.losses import PreferenceLoss
 from notus.optim import schedule_notes
 from notus.packing import steps_per_epoch
 from notus.tokens import PairSet, load_pairs
@@ -153,7 +154,11 @@ def read_inputs(config: Config, fresh: bool = False, need_weights: bool = True) 
         reference = read_base(config.dpo.reference, need_weights)
         check_same_ids(base, reference)
     system_prompt = data.system_prompt if data.insert_system else None
-    frame = Frame(data.bos, system_prompt, data.max_length, data.max_prompt_length, config.dpo.beta)
+    dpo = config.dpo
+    frame = Frame(
+        data.bos, system_prompt, data.max_length, data.max_prompt_length, dpo.beta, dpo.loss, dpo.label_smoothing,
+        dpo.margin, dpo.nll_weight,
+    )  # fmt: skip
     notes = [*base.notes, *base.frame_notes(frame)]
 
     def pairs(paths: Sequence[str], held_out: bool) -> PairSet:
@@ -340,6 +345,12 @@ def environment(files: Sequence[str | Path]) -> dict[str, Any]:
     }
 
 
+def loss_of(settings: dict[str, Any]) -> PreferenceLoss:
+    """From settings by name. Those that a run of an earlier version did not have are the defaults."""
+    names = [f"dpo.{name}" for name in ("loss", "beta", "label_smoothing", "margin", "nll_weight")]
+    return PreferenceLoss(*(settings.get(name, configuration.SETTINGS[name].default) for name in names))
+
+
 def lora_of(settings: dict[str, Any]) -> LoRA | None:
     """From settings by name. None where all weights are trained."""
     rank, alpha, targets = (settings[f"lora.{name}"] for name in LoRA._fields)
@@ -355,6 +366,7 @@ def job_of(config: Config, num_gpus: int) -> Job:
         activation_checkpointing=setup.activation_checkpointing, compile=setup.compile,
         cpu_offload=config.distributed.cpu_offload, num_train_epochs=setup.num_train_epochs,
         pairs_per_step=setup.pairs_per_step, eval_steps=setup.eval_steps, lora=lora_of(configuration.flat(config)),
+        reference=loss_of(configuration.flat(config)).member.reference,
     )  # fmt: skip
 
 

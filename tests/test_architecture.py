@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from notus import config
+from notus.losses import LOSSES
 
 ROOT = Path(__file__).parent.parent
 ORDER = [  # a file imports only from files above it
@@ -77,7 +78,21 @@ def test_the_loss_stands_beside_backward_and_step():
     tree = ast.parse(SCRIPTS["train"].read_text(encoding="utf-8"))
     (step,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train_step")
     called = {ast.unparse(node.func).rpartition(".")[2] for node in ast.walk(step) if isinstance(node, ast.Call)}
-    assert {"pair_logps", "dpo_loss", "backward", "clip_grad_norm_", "step"} <= called
+    assert {"pair_logps", "preference_loss", "backward", "clip_grad_norm_", "step"} <= called
+    losses = ast.parse(SOURCES["losses"].read_text(encoding="utf-8"))
+    first = next(node for node in losses.body if isinstance(node, ast.FunctionDef))
+    assert first.name == "dpo" and "equation 7" in ast.get_docstring(first)  # nobody has to search for it
+
+
+def test_a_loss_is_a_dozen_lines_over_six_numbers():
+    tree = ast.parse(SOURCES["losses"].read_text(encoding="utf-8"))
+    found = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for name in LOSSES:
+        function = found[name]
+        body = [line for node in function.body[1:] for line in ast.unparse(node).splitlines()]
+        assert len(body) + 1 <= 12 and "arXiv:" in ast.get_docstring(function) + ast.get_docstring(tree), name
+        arguments = [argument.arg.lstrip("_") for argument in function.args.args]
+        assert arguments[:4] == ["policy", "reference", "tokens", "beta"], name
 
 
 def test_the_tests_test_this_checkout():

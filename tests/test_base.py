@@ -97,7 +97,15 @@ def test_other_stop_ids_are_refused(directory: Path, value: object):
 
 
 @pytest.mark.parametrize(
-    "frame", [Frame(), Frame(bos=False, system_prompt=None), Frame(True, "Be brief. é", 48, 24, 0.05), Frame(beta=1)]
+    "frame",
+    [
+        Frame(),
+        Frame(bos=False, system_prompt=None),
+        Frame(True, "Be brief. é", 48, 24, 0.05),
+        Frame(beta=1),
+        Frame(beta=2.0, loss="simpo", margin=0.5, nll_weight=0.1),
+        Frame(loss="dpo_norm", label_smoothing=0.2),
+    ],
 )
 def test_the_frame_of_a_trained_model_is_read_back(directory: Path, frame: Frame):
     (directory / FRAME_FILE).write_text(json.dumps(asdict(frame) | {"added later": 1}))
@@ -110,6 +118,7 @@ def test_the_frame_of_a_trained_model_is_read_back(directory: Path, frame: Frame
         ("bos", 1), ("bos", None), ("system_prompt", 7), ("max_length", "1024"), ("max_length", True),
         ("max_length", 1024.0), ("max_prompt_length", 0), ("max_prompt_length", -5), ("beta", "0.1"), ("beta", None),
         ("beta", False), ("beta", 10**400), ("beta", 0.0), ("beta", math.nan), ("beta", math.inf),
+        ("loss", None), ("margin", "1"), ("margin", True), ("nll_weight", math.inf), ("label_smoothing", -(10**400)),
     ],
 )  # fmt: skip
 def test_a_damaged_frame_is_refused(directory: Path, name: str, value: object):
@@ -177,7 +186,27 @@ def test_checksums_that_are_none_are_refused(directory: Path, files: object):
     assert refusal(directory) == f"{path}: files is {files!r}; delete the file to use Zephyr's frame"
 
 
-@pytest.mark.parametrize("name", asdict(Frame()))
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("loss", "kto", "there is no loss 'kto'; there are dpo, dpo_norm, ipo, simpo, apo_zero"),
+        ("margin", 0.5, "dpo has no margin"), ("label_smoothing", 0.5, "label_smoothing 0.5 is out of range"),
+        ("nll_weight", -1, "nll_weight -1.0 is out of range"),
+    ],
+)  # fmt: skip
+def test_a_frame_whose_loss_cannot_be_is_refused(directory: Path, name: str, value: object, message: str):
+    path = directory / FRAME_FILE
+    path.write_text(json.dumps(asdict(Frame()) | {name: value}))
+    assert refusal(directory) == f"{path}: {message}; delete the file to use Zephyr's frame"
+
+
+def test_a_frame_of_a_version_that_had_one_loss_is_read(directory: Path):
+    names = ("bos", "system_prompt", "max_length", "max_prompt_length", "beta")
+    (directory / FRAME_FILE).write_text(json.dumps({name: asdict(Frame(beta=0.3))[name] for name in names}))
+    assert read_base(directory).frame == Frame(beta=0.3)
+
+
+@pytest.mark.parametrize("name", ["bos", "system_prompt", "max_length", "max_prompt_length", "beta"])
 def test_a_frame_without_one_of_its_values_is_refused(directory: Path, name: str):
     path = directory / FRAME_FILE
     path.write_text(json.dumps({key: value for key, value in asdict(Frame()).items() if key != name}))

@@ -50,8 +50,8 @@ def test_lora_is_said(exported: str):
 def test_another_reference_is_said():
     card = model_card(facts_of("dpo.reference=models/pi_0", reference_sha256="cd" * 32), METRICS)
     assert f"Weights of the reference, `pi_0`: `{'cd' * 32}`." in card
-    assert "log-prob under the reference)" in card.replace("\n", " ")
-    assert "log-prob under the base)" in model_card(facts_of(), METRICS).replace("\n", " ")
+    assert "beta * log(model / reference)." in card.replace("\n", " ")
+    assert "beta * log(model / base)." in model_card(facts_of(), METRICS).replace("\n", " ")
 
 
 def test_front_matter_names_the_base_and_how_to_load_it():
@@ -83,7 +83,7 @@ def test_the_facts_are_those_of_the_run(tmp_path: Path):
     _, body = parse(model_card(facts, METRICS))
     table = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE))
     assert table["pairs"] == "61,619"
-    assert table["beta, label smoothing"] == "0.1, 0.0"
+    assert table["preference loss"] == "dpo, beta 0.1"
     assert table["optimizer, peak learning rate"] == "rmsprop, 5e-07"
     assert table["schedule"] == "linear, warmup over 10% of 2,889 steps"
     assert table["epochs, pairs a step"] == "3, 64"

@@ -835,11 +835,14 @@ def test_torchrun_hands_signals_on(home: Path, tmp_path: Path) -> None:
 
 OTHER = {
     "data.max_length": 40, "data.max_prompt_length": 20, "data.bos": False, "data.drop_bad_pairs": True,
-    "data.insert_system": False, "data.system_prompt": "a b", "dpo.beta": 0.2, "dpo.label_smoothing": 0.1,
+    "data.insert_system": False, "data.system_prompt": "a b", "dpo.loss": "ipo", "dpo.beta": 0.2,
+    "dpo.label_smoothing": 0.1, "dpo.nll_weight": 0.5,
     "train.learning_rate": 2e-3, "train.optimizer": "adamw", "train.weight_decay": 0.1, "train.warmup_ratio": 0.5,
     "train.num_train_epochs": 2, "train.pairs_per_step": 9, "train.max_grad_norm": 0.5, "train.seed": 43,
-    "train.compute_dtype": "bfloat16",
+    "train.compute_dtype": "bfloat16", "train.schedule": "cosine", "lora.rank": 2, "lora.alpha": 4.0,
+    "lora.targets": ["q_proj"], "data.test_size": 0.5,
 }  # fmt: skip
+BESIDE = {"dpo.loss": ["dpo.beta=0.1"], "data.test_size": ["data.test="]}  # which these need
 
 
 def refused(home: Path, out: Path, capsys, monkeypatch, *arguments: str) -> str:
@@ -851,12 +854,20 @@ def refused(home: Path, out: Path, capsys, monkeypatch, *arguments: str) -> str:
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", configuration.identity(configuration.load(ROOT / "configs" / "demo.toml")))
+def test_every_setting_that_makes_another_run_is_tried():
+    """But dpo.margin, which needs another loss."""
+    settings = configuration.identity(configuration.load(ROOT / "configs" / "demo.toml"))
+    assert settings.keys() == OTHER.keys() | {"dpo.margin"}
+
+
+@pytest.mark.parametrize("name", OTHER)
 def test_another_setting_is_another_run(name: str, home: Path, interrupted: Path, capsys, monkeypatch) -> None:
     setting = f"{name}={json.dumps(OTHER[name])}"
-    said = refused(home, interrupted, capsys, monkeypatch, setting, f"data.cache_dir={home / 'others'}")
+    more = [f"data.cache_dir={home / 'others'}", *BESIDE.get(name, [])]
+    said = refused(home, interrupted, capsys, monkeypatch, setting, *more)
     assert re.search(rf"{re.escape(name)} was .* and is {re.escape(repr(OTHER[name]))}", said), said
-    assert str(interrupted) in said and said.count(" was ") == 1
+    assert str(interrupted) in said
+    assert said.count(" was ") == (2 if name == "data.test_size" else 1)  # it holds out other pairs
 
 
 def test_other_data_or_another_base_is_another_run(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
@@ -280,7 +281,8 @@ def test_lora_without_a_target_is_refused(minimal):
         ("beta=0.1", "did you mean dpo.beta?"),
         ("train.lr=0.1", "unknown setting train.lr; [train] has output_dir, learning_rate,"),
         ("train.schedule=constant", 'train.schedule must be "linear" or "cosine", not \'constant\''),
-        ("lora.rank=-1", "lora.rank = -1 is outside [0, inf)"),
+        ("lora.rank=-1", "lora.rank = -1 is outside [0, 65536]"),
+        ("lora.rank=65537", "lora.rank = 65537 is outside [0, 65536]"),
         ("lora.alpha=0", "lora.alpha = 0.0 is outside (0, inf)"),
         ("lora.targets=qproj", "lora.targets has 'qproj'; it must be of q_proj, k_proj, v_proj, o_proj, gate_proj, up"),
         ("lora.targets=[7]", "lora.targets must be a text or a list of texts, not [7]"),
@@ -325,6 +327,57 @@ def test_refusals_on_the_command_line(minimal, override, message):
         config.load(minimal, [override])
     assert message in str(error.value) and len(str(error.value)) < 500
     assert str(error.value).startswith(("command line", str(minimal)))
+
+
+@pytest.mark.parametrize(
+    ("file", "overrides", "message"),
+    [
+        ('loss = "ipo"', [], '{path}:8: dpo.loss = "ipo" needs a dpo.beta beside it, usually 0.01 to 1'),
+        ("", ["dpo.loss=dpo"], 'command line: dpo.loss = "dpo" needs a dpo.beta beside it, usually 0.01 to 0.5'),
+        # The beta below was meant for another loss.
+        ("beta = 0.1", ["dpo.loss=simpo"], 'line: dpo.loss = "simpo" needs a dpo.beta beside it, usually 2 to 10'),
+        ("beta = 0.1", ["dpo.loss=dpo_norm"], "usually 2 to 10"), ("", ["dpo.loss=apo_zero"], "usually 0.05 to 0.5"),
+        ("", ["dpo.loss=simpo", "dpo.beta=2"], 'dpo.loss = "simpo" needs a dpo.margin, usually 0.3 to 1.6; 0 is none'),
+        (
+            "label_smoothing = 0.1",
+            ["dpo.loss=ipo", "dpo.beta=1"],
+            "{path}:8, command line: dpo.label_smoothing = 0.1 would never be used: only dpo and dpo_norm can have it, "
+            'and dpo.loss is "ipo"',
+        ),
+        ("margin = 0.5", [], "{path}:8, default: dpo.margin = 0.5 would never be used: only simpo can have it"),
+        (
+            'reference = "x"',
+            ["dpo.loss=simpo", "dpo.beta=2", "dpo.margin=0"],
+            "dpo.reference = 'x' would never be used: dpo.loss is \"simpo\", which has no reference",
+        ),
+        ("", ["dpo.loss=hinge"], 'dpo.loss must be "dpo" or "dpo_norm" or "ipo" or "simpo" or "apo_zero"'),
+        ("", ["dpo.nll_weight=-1"], "dpo.nll_weight = -1.0 is outside [0, inf)"),
+    ],
+)  # fmt: skip
+def test_a_loss_has_a_beta_of_its_own_and_no_setting_that_it_ignores(tmp_path, file, overrides, message):
+    path = tmp_path / "run.toml"
+    path.write_text(REQUIRED + f"[dpo]\n{file}\n")
+    with pytest.raises(ValueError, match=re.escape(message.format(path=path))):
+        config.load(path, overrides)
+
+
+def test_a_beta_is_inherited_with_its_loss_only(tmp_path):
+    """Without a loss named, all is as before there were others."""
+    base, path = tmp_path / "base.toml", tmp_path / "run.toml"
+    base.write_text(REQUIRED + '[dpo]\nloss = "ipo"\nbeta = 0.5\n')
+    path.write_text('extends = "base.toml"\n[dpo]\nbeta = 0.7\n')
+    assert config.load(path).dpo == config.DPO(loss="ipo", beta=0.7)
+    assert config.load(path, ["dpo.beta=0.9"]).dpo == config.DPO(loss="ipo", beta=0.9)
+    path.write_text('extends = "base.toml"\n[dpo]\nloss = "apo_zero"\n')
+    with pytest.raises(ValueError, match=r'run\.toml:3: dpo\.loss = "apo_zero" needs a dpo\.beta beside it'):
+        config.load(path)
+    assert config.load(path, ["dpo.beta=0.1"]).dpo == config.DPO(loss="apo_zero", beta=0.1)
+    base.write_text(REQUIRED)
+    assert config.load(base).dpo == config.DPO(loss="dpo", beta=0.1)
+    assert config.load(base, ["dpo.beta=0.2", "dpo.label_smoothing=0.1"]).dpo.label_smoothing == 0.1
+    words = ["dpo.loss=simpo", "dpo.margin=0", "dpo.beta=2", "dpo.nll_weight=0.1"]
+    path.write_text(config.to_toml(config.load(base, words)))
+    assert config.load(path).dpo == config.DPO(loss="simpo", beta=2.0, nll_weight=0.1)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from notus import distributed
 from notus.distributed import World, from_rank_zero, full_tensor, reshard, shard, sum_over_ranks
-from notus.losses import dpo_loss
+from notus.losses import dpo
 from notus.model import Mistral, pair_logps
 from notus.packing import pack_pairs
 from notus.tokens import Pair
@@ -27,9 +27,9 @@ PAIRS = random_pairs(np.random.default_rng(0), 9, CONFIG.vocab_size)
 
 def loss_of(model: Mistral, pairs: list[Pair]) -> Tensor:
     """A share of the loss of a step that has all PAIRS, against a reference of its own."""
-    chosen, rejected = pair_logps(model, pack_pairs(pairs)).unbind(1)
-    reference = torch.tensor([-30.0 - len(pair.chosen) for pair in pairs])
-    return dpo_loss(chosen - reference, rejected - (reference - 1), beta=0.02).sum() / len(PAIRS)
+    policy = pair_logps(model, pack_pairs(pairs))
+    reference = torch.tensor([[-30.0 - len(pair.chosen), -31.0 - len(pair.chosen)] for pair in pairs]).view(-1, 2)
+    return dpo(policy, reference, torch.ones_like(policy), beta=0.02).sum() / len(PAIRS)
 
 
 def whole_gradients(model: nn.Module) -> dict[str, Tensor]:

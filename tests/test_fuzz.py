@@ -694,7 +694,8 @@ def right_stops(_words: list[str]) -> None:
 def right_frame(_words: list[str]) -> None:
     if Path("base", FRAME_FILE).exists():
         raw, frame = strict_json(Path("base", FRAME_FILE)), asdict(read_base("base").frame)
-        assert frame == {name: raw[name] for name in frame}
+        later = {name: asdict(Frame())[name] for name in ("loss", "label_smoothing", "margin", "nll_weight")}
+        assert frame == {name: (later | raw)[name] for name in frame}
         assert 0 < frame["max_prompt_length"] < frame["max_length"] and 0 < frame["beta"] < math.inf
 
 
@@ -869,7 +870,9 @@ def written(*arguments: Any) -> Any:
     return load_chat_template(*arguments)
 
 
-FIRST = {("template", "notus.chat._time_limit"): 119}  # the seed that finds it, so that none before it are tried
+FIRST = {  # the seed that finds it, so that none before it are tried
+    ("template", "notus.chat._time_limit"): 119, ("toml", "notus.config.contains"): 687,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -896,7 +899,8 @@ def test_the_fuzzer_finds_a_check_that_is_missing(
     monkeypatch.setattr(check, without)
     monkeypatch.setattr(sys.modules[__name__], "SECONDS", 3.0)
     with pytest.raises(AssertionError, match=rf"^{area} \d+: ask_.*{message}"):
-        for seed in range(FIRST.get((area, check), 0), 300):
+        first = FIRST.get((area, check), 0)
+        for seed in range(first, first + 300):
             try_case(world, area, seed)
 
 

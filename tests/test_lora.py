@@ -36,7 +36,7 @@ from notus.checkpoint import state_of
 from notus.distributed import full_tensor
 from notus.logprobs import token_logps
 from notus.lora import TARGETS, LoRA, add_lora, initialize, lora_layers, merged, peft_config, peft_tensors
-from notus.losses import dpo_loss
+from notus.losses import dpo
 from notus.model import Mistral, pair_logps
 from notus.optim import make_optimizer
 from notus.packing import pack_pairs
@@ -62,8 +62,8 @@ def with_lora(lora: LoRA, dtype: torch.dtype = torch.float32, seed: int = 0, lea
 
 
 def loss_of(model: Mistral, pairs: list) -> Tensor:
-    chosen, rejected = pair_logps(model, pack_pairs(pairs)).unbind(1)
-    return dpo_loss(chosen + 30.0, rejected + 31.0, beta=0.02).mean()
+    logps = pair_logps(model, pack_pairs(pairs))
+    return dpo(logps, torch.tensor([-30.0, -31.0]), torch.ones_like(logps), beta=0.02).mean()
 
 
 def base_files(directory: Path) -> Path:
@@ -460,7 +460,7 @@ def test_peft_computes_the_same_gradients(tmp_path: Path):
     theirs = peft.PeftModel.from_pretrained(hf_load(base), tmp_path / "adapter", is_trainable=True)
     loss_of(model, pairs).backward()
     logps = torch.stack([hf_logps(theirs, pair.prompt, answer) for pair in pairs for answer in pair[2:]]).view(-1, 2)
-    dpo_loss(logps[:, 0] + 30.0, logps[:, 1] + 31.0, beta=0.02).mean().backward()
+    dpo(logps, torch.tensor([-30.0, -31.0]), torch.ones_like(logps), beta=0.02).mean().backward()
     found = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
     ours = {name: parameter.grad for name, parameter in peft_tensors(model)}
     assert len(found) == 2 * 7 * CONFIG.num_hidden_layers

@@ -112,7 +112,7 @@ def test_a_prompt_without_tokens_is_refused():
 def test_stream_moves_as_a_whole():
     stream = pack([([1, 2], ([3], [4]))]).to(torch.device("meta"))
     tensors = [value for value in vars(stream).values() if isinstance(value, Tensor)]
-    assert [tensor.device.type for tensor in tensors] == ["meta"] * 5
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * 6
     assert stream.segments == (Segment(2, (1, 1)),)
 
 

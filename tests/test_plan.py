@@ -16,7 +16,7 @@ from notus import plan
 from notus.cost import DEVICES, forward_flops, memory_gib, num_parameters, scored_share, traffic_bytes
 from notus.distributed import World
 from notus.lora import TARGETS
-from notus.losses import dpo_loss
+from notus.losses import dpo
 from notus.metrics import duration
 from notus.model import RECOMPUTE, pair_logps
 from notus.optim import make_optimizer
@@ -78,6 +78,7 @@ def test_the_report_adds_up():
     for level in RECOMPUTE[1:]:
         assert f"{sum(memory(level).values()):.2f} GiB  in all, recomputing {level}" in report
     assert "evaluations" not in report_of(train=train)
+    assert "reference" not in report_of("dpo.loss=simpo", "dpo.beta=2", "dpo.margin=1", train=train)
     assert "notus has not run on one yet" in report
 
 
@@ -268,7 +269,7 @@ def test_a_float32_run_is_predicted_within_a_factor_of_two_of_the_measured():
         for _ in range(6):
             start = time.perf_counter()
             logps = pair_logps(model, pack_pairs(pairs))
-            dpo_loss(*(logps - logps.detach()).T, 0.1).mean().backward()
+            dpo(logps, logps.detach(), torch.ones_like(logps), 0.1).mean().backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -63,6 +63,27 @@ def test_draws_a_picture(tmp_path, records):
     assert path == tmp_path / "curves.png" and path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("settings", "level", "reward"),
+    [
+        (None, "0.6931: policy = reference", "beta * log(policy / reference) (nats)"),
+        ({"dpo.beta": 0.2}, "0.6931: policy = reference", "beta * log(policy / reference) (nats)"),  # a run of 0.2.0
+        ({"dpo.loss": "ipo", "dpo.beta": 0.5}, "1: policy = reference", "beta * log(policy / reference) (nats)"),
+        ({"dpo.loss": "simpo", "dpo.beta": 2.0}, None, "beta * log(policy) / tokens (nats)"),
+        ({"dpo.nll_weight": 1.0}, None, "beta * log(policy / reference) (nats)"),
+    ],
+)
+def test_the_known_value_of_the_loss_is_drawn(tmp_path, settings, level, reward):
+    pytest.importorskip("matplotlib")
+    write(tmp_path, record(1), record(2))
+    if settings:
+        (tmp_path / "environment.json").write_text(json.dumps({"settings": settings}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(plot_module.STYLE, "svg.fonttype", "none")  # text stays text
+        text = plot(tmp_path, tmp_path / "c.svg").read_text()
+    assert f">{reward}<" in text and (f">{level}<" in text if level else "0.6931" not in text)
+
+
 def test_title_reports_the_last_evaluation(tmp_path):
     run = tmp_path / "demo"
     run.mkdir()

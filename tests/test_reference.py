@@ -427,6 +427,7 @@ def test_bad_input_on_the_command_line(config_file: Path, capsys):
         (["fill", "none.toml"], "none.toml: cannot be read: No such file"),
         (["fill", "run.toml", "dpo.beta=0"], "dpo.beta = 0.0 is outside (0, inf)"),
         (["verify", "run.toml", "data.train=none.jsonl"], "none.jsonl: no such file"),
+        (["fill", "run.toml", "dpo.loss=simpo", "dpo.beta=2", "dpo.margin=1"], "'simpo' has no reference to score"),
     ):
         assert reference.main(arguments) == 2
         assert message in capsys.readouterr().err

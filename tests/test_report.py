@@ -77,7 +77,7 @@ def test_the_banner_names_model_template_frame_data_and_schedule(home: Path, set
         f"template    {inputs.base.template.origin}; BOS added, system turn inserted: ''",
         f"train       {home / 'train.jsonl'}: 3 pairs of 4 rows (dropped: an answer is empty 1): 4 {SHAPE}",
         f"held out    {home / 'test.jsonl'}: 1 pairs of 1 rows: 1 {SHAPE}",
-        "steps       12 of 32 pairs, 2 epochs; beta 0.1, rmsprop, peak learning rate 2e-05, linear",
+        "steps       12 of 32 pairs, 2 epochs; dpo, beta 0.1, rmsprop, peak learning rate 2e-05, linear",
         "note        the first note",
         "note        the second note",
     ]
@@ -190,4 +190,4 @@ def test_the_commands_of_the_end_run_as_printed(home: Path, settings: Config, mo
         monkeypatch.setattr("sys.stdin", io.StringIO("Say yes."))
         assert importlib.import_module(module).main(arguments) == 0
     report = capsys.readouterr().out
-    assert "0.6931  nats: DPO at beta 0.1" in report  # the trained model is the base here
+    assert "0.6931  dpo, beta 0.1; 0.6931 where model = base" in report  # the trained model is the base here

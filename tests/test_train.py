@@ -27,15 +27,16 @@ from conftest import write_mistral_tokenizer
 from forked import join, log_of, start_ranks, start_server
 from safetensors.torch import load_file, save_file
 from tiny import config_json, hf_load, hf_logps, random_pairs, save_checkpoint, tiny_config, tiny_model
+from torch import Tensor
 
 from notus import base as base_module
 from notus import config as configuration
-from notus import distributed, metrics, weights
+from notus import distributed, evaluate, metrics, report, weights
 from notus.base import Frame, read_base
 from notus.chat import ZEPHYR_TEMPLATE
 from notus.checkpoint import Checkpoints
 from notus.distributed import World
-from notus.losses import METRICS
+from notus.losses import METRICS, PreferenceLoss
 from notus.model import RECOMPUTE
 from notus.optim import make_optimizer
 from notus.packing import pack_pairs
@@ -49,6 +50,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 
 LOG2 = math.log(2)
+LOSS = PreferenceLoss("dpo", 0.1)
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 WORDS = [
     "a",
@@ -196,7 +198,34 @@ def assert_same_run(ours: Path, theirs: Path, tolerance: float) -> None:
 # --- the numbers ---------------------------------------------------------------------------------------------------
 
 
-def replay(directory: Path) -> tuple[list[tuple[float, float]], torch.nn.Module]:
+def logistic(x: Tensor) -> Tensor:
+    return (1 + (-x).exp()).log()
+
+
+FORMULAS = {  # settings -> the loss of a pair, of log-ratios, log-probs and tokens, each (chosen, rejected)
+    ("dpo.loss=dpo", "dpo.beta=0.2", "dpo.label_smoothing=0.1"): lambda d, _logp, _n: (
+        0.9 * logistic(0.2 * (d[0] - d[1])) + 0.1 * logistic(-0.2 * (d[0] - d[1]))
+    ),
+    ("dpo.loss=dpo_norm", "dpo.beta=5"): lambda d, _logp, n: logistic(5 * (d[0] / n[0] - d[1] / n[1])),
+    ("dpo.loss=ipo", "dpo.beta=0.4"): lambda d, _logp, n: (d[0] / n[0] - d[1] / n[1] - 1.25) ** 2,
+    ("dpo.loss=simpo", "dpo.beta=2", "dpo.margin=0.6"): lambda _d, logp, n: logistic(
+        2 * (logp[0] / n[0] - logp[1] / n[1]) - 0.6
+    ),
+    ("dpo.loss=apo_zero", "dpo.beta=0.1"): lambda d, _logp, _n: (
+        1 - 1 / (1 + (-0.1 * d[0]).exp()) + 1 / (1 + (-0.1 * d[1]).exp())
+    ),
+    ("dpo.nll_weight=0.5",): lambda d, logp, n: logistic(0.1 * (d[0] - d[1])) - 0.5 * logp[0] / n[0],
+}
+START = {"dpo": LOG2, "dpo_norm": LOG2, "ipo": 1.25**2, "apo_zero": 1.0}
+
+
+def replay(
+    directory: Path,
+    formula: Callable = lambda d, _logp, _n: logistic(0.1 * (d[0] - d[1])),
+    count: int = TRAIN_PAIRS,
+    per_step: int = 12,
+    steps: int = 8,
+) -> tuple[list[tuple[float, float]], torch.nn.Module]:
     """The run of `CONFIG` once more, with nothing of notus but the template's text: transformers' model and tokenizer,
     a second, live model as the reference, one pair at a time, full log-softmax -> (loss, grad norm) by step, policy."""
     from transformers import PreTrainedTokenizerFast
@@ -211,27 +240,31 @@ def replay(directory: Path) -> tuple[list[tuple[float, float]], torch.nn.Module]
         found = tokenizer.apply_chat_template(messages, **options)
         return [1, *found] if prompt else [1, *found[:-2]]  # without the line end after </s>
 
-    pairs = [json.loads(line) for line in (directory / "train.jsonl").read_text().splitlines()]
+    pairs = [json.loads(line) for line in (directory / "train.jsonl").read_text().splitlines()][:count]
     policy, reference = hf_load(directory / "base").train(), hf_load(directory / "base")
     optimizer = torch.optim.RMSprop(policy.parameters(), alpha=0.99, eps=1e-8)
     history = []
-    for step in range(8):
-        epoch, place = divmod(step, 4)  # ceil(40 / 12) steps an epoch, the last of 4 pairs
-        batch = np.random.RandomState([42, epoch]).permutation(40)[place * 12 : (place + 1) * 12]
+    warmup = math.ceil(0.2 * steps)
+    for step in range(steps):
+        epoch, place = divmod(step, math.ceil(count / per_step))  # of 40 pairs the last step has 4
+        batch = np.random.RandomState([42, epoch]).permutation(count)[place * per_step : (place + 1) * per_step]
         total = 0.0
         for row in (pairs[i] for i in batch):
             prompt = ids(row["chosen"][:-1], True)
-            ratios = []
+            ratios, logps, lengths = [], [], []
             for side in ("chosen", "rejected"):
                 answer = ids(row[side], False)[len(prompt) :]
                 with torch.no_grad():
                     old = hf_logps(reference, np.array(prompt), np.array(answer))
-                ratios.append(hf_logps(policy, np.array(prompt), np.array(answer)) - old)
-            loss = -torch.nn.functional.logsigmoid(0.1 * (ratios[0] - ratios[1])) / len(batch)
+                logps.append(hf_logps(policy, np.array(prompt), np.array(answer)))
+                ratios.append(logps[-1] - old)
+                lengths.append(len(answer))
+            loss = formula(ratios, logps, lengths) / len(batch)
             loss.backward()
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.3).item()
-        optimizer.param_groups[0]["lr"] = 1e-3 * (step / 2 if step < 2 else (8 - step) / 6)  # warmup: ceil(0.2 * 8)
+        rate = step / warmup if step < warmup else (steps - step) / (steps - warmup)
+        optimizer.param_groups[0]["lr"] = 1e-3 * rate
         optimizer.step()
         optimizer.zero_grad()
         history.append((total, norm))
@@ -248,6 +281,44 @@ def test_a_plain_loop_over_transformers_model_is_the_same_run(world_dir: Path, f
     theirs = dict(policy.named_parameters())
     for name, tensor in exported(finished).items():
         assert torch.allclose(tensor, theirs[name], rtol=0, atol=3e-6), name
+
+
+@pytest.mark.parametrize("settings", FORMULAS, ids=" ".join)
+def test_every_loss_is_a_plain_loop_and_begins_at_its_known_value(
+    run, world_dir: Path, settings: tuple[str, ...], tmp_path: Path, capsys, monkeypatch
+):
+    """Law 1 for all. Without a reference none is scored. The model is asked by the loss that trained it."""
+    history, policy = replay(world_dir, FORMULAS[settings], count=18, per_step=6, steps=3)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join((world_dir / "train.jsonl").read_text().splitlines(keepends=True)[:18]))
+    monkeypatch.setattr(report, "plot", lambda _: "")
+    if "dpo.loss=simpo" in settings:
+        monkeypatch.setattr(train, "score_reference", lambda *_, **__: pytest.fail("a reference was scored"))
+    out = run(f"data.train={few}", "train.pairs_per_step=6", "train.num_train_epochs=1", *settings)
+    said = capsys.readouterr().out
+    for (loss, norm), line in zip(history, training(out), strict=True):
+        assert line["loss"] == pytest.approx(loss, rel=1e-5), line["step"]
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-5), line["step"]
+    theirs = dict(policy.named_parameters())
+    assert all(torch.allclose(tensor, theirs[name], rtol=0, atol=1e-5) for name, tensor in exported(out).items())
+
+    loss = read_base(out / "final").frame.preference_loss
+    assert f"; {loss}, rmsprop" in said and f"| preference loss | {loss} |" in (out / "final" / "README.md").read_text()
+    last = evaluations(out)[-1]
+    if loss.start is not None:
+        assert loss.start == pytest.approx(START[loss.name], rel=1e-12)
+        assert training(out)[0]["loss"] == pytest.approx(loss.start, abs=1e-5)
+        assert evaluations(out)[0]["eval_loss"] == pytest.approx(loss.start, abs=1e-5)
+        assert last["eval_loss"] < loss.start
+    assert ("reference   simpo has none" in said) == (loss.name == "simpo")
+    command = ["preferences", "--model", str(out / "final"), "--base", "base", "--data", "test.jsonl", "--dtype"]
+    loaded, load_model = [], evaluate.load_model
+    monkeypatch.setattr(evaluate, "load_model", lambda base, *rest: loaded.append(base.path) or load_model(base, *rest))
+    assert evaluate.main([*command, "float32"]) == 0
+    assert len(loaded) == (1 if loss.name == "simpo" else 2)
+    figures = capsys.readouterr().out
+    for name in ("loss", "rewards/margins", "rewards/chosen"):
+        assert float(re.search(rf"^{name} +(\S+)", figures, re.M)[1]) == pytest.approx(last[f"eval_{name}"], abs=6e-5)
 
 
 def test_the_loss_begins_at_log_2_and_falls(finished: Path):
@@ -386,7 +457,7 @@ def test_nothing_in_a_micro_batch_makes_the_host_wait_for_the_gpu(monkeypatch, l
     for mode in ("default", "error"):  # in the first step kernels are chosen and the optimizer makes its state
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            train.train_step(model, optimizer, [micro_batch], torch.zeros(10, 2), 6, alone, beta=0.1)
+            train.train_step(model, optimizer, [micro_batch], torch.zeros(10, 2), 6, alone, preference_loss=LOSS)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -568,10 +639,11 @@ def test_environment_json_says_what_it_takes_to_run_again(world_dir: Path, finis
     facts = json.loads((finished / "environment.json").read_text())
     assert facts.keys() == {
         "command", "started", "git_commit", "versions", "devices", "threads", "data_sha256", "model_sha256",
-        "identity", "identity_sha256", "processes", "settings", "train_pairs", "test_pairs", "steps",
+        "reference_sha256", "identity", "identity_sha256", "processes", "settings", "train_pairs", "test_pairs",
+        "steps",
     }  # fmt: skip
     alone = distributed.World(0, 1, torch.device("cpu"), None)
-    assert facts["model_sha256"] == weights.digest(world_dir / "base", alone)
+    assert facts["reference_sha256"] == facts["model_sha256"] == weights.digest(world_dir / "base", alone)
     assert facts["data_sha256"].keys() == {"train.jsonl", "test.jsonl"}
     assert (facts["processes"], facts["settings"]["train.seed"]) == (1, 42)
     assert (facts["train_pairs"], facts["test_pairs"], facts["steps"]) == (TRAIN_PAIRS, TEST_PAIRS, STEPS)
@@ -774,8 +846,8 @@ BAD = {
     "output is a file": (None, ["train.output_dir=test.jsonl"], "test.jsonl: is a file"),
     "output not empty": (
         None,
-        ["train.output_dir=base"],
-        "base: is not empty and holds no run; choose another",
+        ["train.output_dir=."],
+        ".: is not empty and holds no run; choose another",
     ),
     "no such GPU": (None, ["train.device=cuda"], "local rank 0 has no GPU"),
 }

@@ -172,12 +172,19 @@ def hf_logps(twin: nn.Module, prompt: np.ndarray, answer: np.ndarray) -> Tensor:
     return logps.gather(1, ids[len(prompt) :, None]).sum()
 
 
-def run_ranks(num_ranks: int, work: Callable, *arguments) -> None:
-    """`work(*arguments)` in `num_ranks` processes with torchrun's environment; `work` is a module's function."""
+def run_ranks(num_ranks: int, work: Callable, *arguments, fresh: bool = False) -> None:
+    """`work(*arguments)` in `num_ranks` processes with torchrun's environment; `work` is a module's function. They are
+    forked from one that has imported torch, unless they must be `fresh`."""
+    import forked  # here: it imports this file
+
+    forked.start_server()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_run_rank, (num_ranks, port, work, arguments), nprocs=num_ranks)
+    how = "spawn" if fresh else "forkserver"
+    torch.multiprocessing.start_processes(
+        _run_rank, (num_ranks, port, work, arguments), nprocs=num_ranks, start_method=how
+    )
 
 
 def _run_rank(rank: int, num_ranks: int, port: int, work: Callable, arguments: tuple) -> None:
