@@ -870,9 +870,8 @@ def written(*arguments: Any) -> Any:
     return load_chat_template(*arguments)
 
 
-FIRST = {  # the seed that finds it, so that none before it are tried
-    ("template", "notus.chat._time_limit"): 119, ("toml", "notus.config.contains"): 687,
-}  # fmt: skip
+# The seed that finds it, so that none before it are tried. A new setting shifts those of "toml" and "words".
+FIRST = {("template", "notus.chat._time_limit"): 119, ("toml", "notus.config.contains"): 272}
 
 
 @pytest.mark.parametrize(
@@ -900,7 +899,7 @@ def test_the_fuzzer_finds_a_check_that_is_missing(
     monkeypatch.setattr(sys.modules[__name__], "SECONDS", 3.0)
     with pytest.raises(AssertionError, match=rf"^{area} \d+: ask_.*{message}"):
         first = FIRST.get((area, check), 0)
-        for seed in range(first, first + 300):
+        for seed in range(first, first + 1000):
             try_case(world, area, seed)
 
 
