@@ -150,7 +150,7 @@ def plot(run_dir: str | Path, output: str | Path | None = None) -> Path:
 def title(run_dir: Path, records: list[dict[str, Any]]) -> str:
     facts = [f"{run_dir.resolve().name}:  {records[-1]['step']:,} steps"]
     if epochs := series(records, "epoch")[1]:
-        facts.append(f"{epochs[-1]:.3g} epochs")
+        facts.append(f"{epochs[-1]:.3g} epoch{'s' * (epochs[-1] != 1)}")
     last = {name: series(records, f"eval_{name}")[1][-1:] for name in ("loss", "rewards/accuracies", "rewards/margins")}
     if all(last.values()):
         loss, accuracy, margin = (values[0] for values in last.values())

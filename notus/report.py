@@ -44,9 +44,10 @@ def banner(facts: dict[str, Any], inputs: Inputs, world: World, notes: Sequence[
     if len(test):
         files = ", ".join(settings["data.test"]) or f"data.test_size {settings['data.test_size']:g}"
         lines.append(f"held out    {files}: {describe_counts(test.counts)}")
+    epochs = settings["train.num_train_epochs"]
     lines.append(
         f"steps       {facts['steps']:,} of {settings['train.pairs_per_step']} pairs, "
-        f"{settings['train.num_train_epochs']} epochs; {inputs.frame.preference_loss}, {settings['train.optimizer']}, "
+        f"{epochs} epoch{'s' * (epochs > 1)}; {inputs.frame.preference_loss}, {settings['train.optimizer']}, "
         f"peak learning rate {settings['train.learning_rate']}, {settings['train.schedule']}"
     )
     if lora := lora_of(settings):
