@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from binarize import (
-    PARQUET,
+    ASKED_FOR,
     RULES,
     Completion,
     Drop,
@@ -60,7 +60,7 @@ RAW_REASONS = {
     "tie for the best": "several answers have the best mean rating, and the first of them is chosen",
     "N/A rating": "an aspect of an answer has the rating N/A",
     "unrated answer": "an answer has no rating at all",
-} | {f"no pair: {drop}": f"binarize.py drops the record: {drop}" for drop in Drop if drop != Drop.MARKED}
+} | {f"no pair: {drop}": f"binarize.py drops the record: {drop}" for drop in Drop if drop not in ASKED_FOR}
 PAIR_REASONS = {"not preferred": "the score of the chosen answer is not above the score of the rejected one"}
 TEXT_REASONS = {
     "empty answer": "an answer holds nothing but white space",
@@ -129,10 +129,10 @@ class Entry(NamedTuple):
 
 
 def holds_pairs(path: Path) -> bool:
-    """Whether a file holds pairs, by its first row. Parquet and CSV are left to notus/rows.py."""
+    """Whether a file holds pairs, by its first row. CSV is left to notus/rows.py."""
+    if path.suffix == ".csv":
+        return True
     with open(path, "rb") as packed:
-        if packed.peek(4).startswith(PARQUET) or path.suffix == ".csv":
-            return True
         _, first = next(read_values(packed, path))
     return (
         isinstance(first, dict)

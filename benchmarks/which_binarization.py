@@ -1,0 +1,305 @@
+"""Critique scores, released or repaired, or ratings: which label trains the better model, and from which noise on?
+
+    python -m pip install -e '.[test]'
+    python benchmarks/which_binarization.py                        10 minutes of one core; a killed one goes on
+    python benchmarks/which_binarization.py --raw ultrafeedback/*.jsonl   the same map, with a file of yours on it
+
+The world is the demo's: questions with a checkable answer, answered by four models, so that every answer has a true
+grade. Each of the four ratings of an answer, and its critique score, is that grade plus a rounded Gaussian error. Both
+errors are swept. From the same records four sets of pairs are made, by the same rule (the best answer against a random
+one of strictly lower value), and the same base is trained on each:
+
+    released    overall_score with UltraFeedback's bug: a 1 became a 10
+    repaired    overall_score after `binarize.py --repair`
+    ratings     the mean of the four ratings
+    truth       the grade itself
+
+Labels are made of 9 x 9 noises, which is exact and cheap. Models are trained on a coarser grid, for five seeds. A seed
+has its own questions, answers, errors and base. Its runs share the base and the reference log-probs, and sets of pairs
+that are equal are trained once. Every finished run is a line of runs.jsonl.
+
+The map's axes are what audit.py estimates of a raw file: the share of truth in a label, which is its squared
+correlation with the grade within a record (0 is noise, 1 is the truth).
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # where train.py and binarize.py are
+
+import train
+from binarize import Drop, Pick, Record, choose_all, parse_record, repair
+from notus import demo, distributed
+from notus.base import Base, Frame, load_model, read_base
+from notus.cost import forward_flops
+from notus.evaluate import score
+from notus.generate import generate
+from notus.optim import lr_at, make_optimizer
+from notus.packing import training_steps
+from notus.tokens import PairSet, load_pairs
+
+ARMS = ("released", "repaired", "ratings", "truth")
+SEEDS = range(5)
+RATING_NOISE = np.linspace(0, 6, 9)  # points of a rating, which has 1 to 5: the labels' grid
+SCORE_NOISE = np.linspace(0, 6, 9)  # points of overall_score, which has 1 to 10, two to a point of the grade
+TRAINED_RATING_NOISE, TRAINED_SCORE_NOISE = (0.75, 2.25, 4.5), (0.75, 2.25, 4.5)  # points of both grids
+SETTINGS = demo.Settings(
+    records=1500, test_pairs=300, test_prompts=400, sft_questions=10000, hidden_size=96, num_layers=2
+)
+BETA, LEARNING_RATE, PAIRS_PER_STEP, BUDGET = 0.1, 5e-5, 32, 8192  # BUDGET: tokens of a micro-batch
+
+
+# ---- the labels -----------------------------------------------------------------------------------------------------
+
+
+class World(NamedTuple):
+    """What a seed makes, but for the judges' errors."""
+
+    seed: int
+    rated: list[demo.Question]
+    test: list[demo.Question]
+    taught: list[demo.Question]
+
+
+def world(seed: int) -> World:
+    rng, known = Random(f"questions {seed}"), set[demo.Question]()
+    counts = SETTINGS.records, SETTINGS.test_prompts, SETTINGS.sft_questions
+    return World(seed, *(demo.ask(rng, count, known) for count in counts))
+
+
+def judged(of: World, rating_noise: float, score_noise: float) -> list[Record]:
+    """The rated questions' records. All noises share their random numbers, so a larger noise is the same one, grown."""
+
+    def error(sd: float) -> demo.Noise:
+        return lambda rng: round(rng.gauss(0, sd))
+
+    rng = Random(f"ratings {of.seed}")
+    errors = error(rating_noise), error(score_noise)
+    return [parse_record(demo.record(rng, question, *errors)) for question in of.rated]
+
+
+def combine(ratings: Sequence[Record], scores: Sequence[Record]) -> list[Record]:
+    """The ratings of one list and the overall_scores of another. `judged` of both noises makes the same, slower."""
+    return [
+        record._replace(completions=[
+            completion._replace(overall_score=other.overall_score)
+            for completion, other in zip(record.completions, scored.completions, strict=True)
+        ])
+        for record, scored in zip(ratings, scores, strict=True)
+    ]  # fmt: skip
+
+
+def grades(question: demo.Question, record: Record) -> list[int]:
+    return [demo.grade(question, completion.response) for completion in record.completions]
+
+
+def labelled(arm: str, of: World, records: Sequence[Record]) -> tuple[list[Record], str]:
+    """The records as the arm sees them, and the rule that makes its pairs."""
+    if arm == "truth":
+        judge = [
+            record._replace(completions=[
+                completion._replace(rating=float(grade))
+                for completion, grade in zip(record.completions, grades(question, record), strict=True)
+            ])
+            for question, record in zip(of.rated, records, strict=True)
+        ]  # fmt: skip
+        return judge, "ratings"
+    if arm == "repaired":
+        return [repair(record)[0] for record in records], "overall-score"
+    return list(records), "ratings" if arm == "ratings" else "overall-score"
+
+
+def pairs_of(arm: str, of: World, records: Sequence[Record]) -> tuple[list[tuple[demo.Question, Pick]], float, float]:
+    """(pairs, share of them whose chosen answer truly is the better one, share of truth in the label)."""
+    seen, by = labelled(arm, of, records)
+    pairs, right = [], 0
+    for question, record in zip(of.rated, seen, strict=True):
+        pick = choose_all(record, by, of.seed, min_margin=1e-9)[0]
+        if not isinstance(pick, Drop):
+            pairs.append((question, pick))
+            right += demo.grade(question, pick[0].response) > demo.grade(question, pick[1].response)
+    return pairs, right / len(pairs), share_of_truth(of, seen, "rating" if by == "ratings" else "overall_score")
+
+
+def share_of_truth(of: World, records: Sequence[Record], label: str) -> float:
+    """The squared correlation of a label with the grade, both as deviations from their mean over the record."""
+    deviations = []
+    for question, record in zip(of.rated, records, strict=True):
+        values = [getattr(completion, label) for completion in record.completions]
+        table = np.array([values, grades(question, record)], dtype=float)  # (2, completions); a repair can empty it
+        deviations += [table - table.mean(1, keepdims=True)] if values else []
+    (xx, xy), (_, yy) = (d := np.concatenate(deviations, axis=1)) @ d.T
+    return float(xy**2 / (xx * yy)) if xx else 0.0
+
+
+def sweep_labels(of: World) -> Iterator[dict[str, Any]]:
+    """A line for each arm and noise of the fine grid. A noise that an arm does not see is None."""
+    by_ratings = {r: judged(of, r, 0) for r in RATING_NOISE.tolist()}
+    by_score = {s: judged(of, 0, s) for s in SCORE_NOISE.tolist()}
+    for arm, rating_noise, score_noise in cells(by_ratings, by_score):
+        records = combine(by_ratings[rating_noise or 0.0], by_score[score_noise or 0.0])
+        pairs, right, truth = pairs_of(arm, of, records)
+        cell = {"seed": of.seed, "arm": arm, "rating_noise": rating_noise, "score_noise": score_noise}
+        yield cell | {"pairs": len(pairs), "right": right, "share_of_truth": truth}
+
+
+def cells(
+    rating_noises: Sequence[float], score_noises: Sequence[float]
+) -> Iterator[tuple[str, float | None, float | None]]:
+    """(arm, rating noise, score noise) of every label there is. The repair reads both."""
+    yield "truth", None, None
+    yield from (("ratings", r, None) for r in rating_noises)
+    yield from (("released", None, s) for s in score_noises)
+    yield from (("repaired", r, s) for r in rating_noises for s in score_noises)
+
+
+# ---- the training ---------------------------------------------------------------------------------------------------
+
+
+def make_base(of: World, folder: Path) -> Base:
+    """The seed's base, as in `python -m notus.demo`, but smaller. It is made once."""
+    if not (folder / "base").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        rng = Random(f"teachers {of.seed}")
+        demo.make_base(folder, [(q, demo.answers(rng, q)) for q in of.taught], of.seed, SETTINGS)
+    return read_base(folder / "base")
+
+
+class Bench:
+    """A seed's base with what its runs share: the reference log-probs, and the results by digest of the pairs."""
+
+    def __init__(self, of: World, base: Base, alone: distributed.World):
+        self.of, self.base, self.encoder, self.alone = of, base, base.encoder(Frame()), alone
+        self.reference: dict[bytes, np.ndarray] = {}  # key of a pair -> (2,)
+        truth, _, _ = pairs_of("truth", of._replace(rated=of.test), judged(of._replace(rated=of.test), 0, 0))
+        self.test = self.tokens(truth)
+        self.test_reference = self.score(self.load(), self.test)
+
+    def tokens(self, pairs: Sequence[tuple[demo.Question, Pick]]) -> PairSet:
+        rows = [
+            {"prompt": question.instruction, "chosen": chosen.response, "rejected": rejected.response}
+            for question, (chosen, rejected) in pairs
+        ]
+        return load_pairs(rows, self.encoder, max_length=256, max_prompt_length=128)
+
+    def load(self) -> Any:
+        return load_model(self.base, torch.device("cpu"), torch.float32)
+
+    def score(self, model: Any, pairs: PairSet) -> torch.Tensor:
+        return score(model, pairs, BUDGET)  # (P, 2)
+
+    def score_reference(self, model: Any, pairs: PairSet) -> torch.Tensor:
+        """(P, 2). Only pairs that no run before had are computed."""
+        new = {key: pair for key, pair in zip(pairs.keys, pairs, strict=True) if key not in self.reference}
+        if new:
+            scored = self.score(model, PairSet.of(list(new.values()), pairs.counts))
+            self.reference.update(zip(new, scored.numpy(), strict=True))
+        return torch.from_numpy(np.stack([self.reference[key] for key in pairs.keys])).float()
+
+    def run(self, pairs: PairSet) -> dict[str, float]:
+        """Train the base on the pairs for one epoch. Returns what became of it."""
+        model = self.load()
+        reference = self.score_reference(model, pairs)
+        optimizer = make_optimizer(model.requires_grad_(True).parameters(), "rmsprop", LEARNING_RATE, 0.0)
+        total = len(pairs) // PAIRS_PER_STEP
+        costs = forward_flops(self.base.dims, pairs.lengths)
+        for step, rows, micro_batches in training_steps(
+            pairs, costs, range(total), pairs_per_step=PAIRS_PER_STEP, seed=self.of.seed, budget=BUDGET, rank=0,
+            num_ranks=1,
+        ):  # fmt: skip
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, total, total // 10, LEARNING_RATE)
+            result = train.train_step(model, optimizer, micro_batches, reference, len(rows), self.alone, beta=BETA)
+            if not result.finite:
+                raise ValueError(f"step {step + 1} is not finite")
+        model.requires_grad_(False)
+        return {"steps": total, "exact_match": self.exact_match(model), "accuracy": self.accuracy(model)}
+
+    def exact_match(self, model: Any) -> float:
+        """Share of the test questions whose greedy answer is the right one."""
+        prompts = [self.encoder.prompt([{"role": "user", "content": q.instruction}]) for q in self.of.test]
+        ids = generate(model, prompts, 16, self.base.stop_ids)
+        found = [self.base.tokenizer.decode(answer).strip() for answer in ids]
+        return sum(answer == q.answer for q, answer in zip(self.of.test, found, strict=True)) / len(found)
+
+    def accuracy(self, model: Any) -> float:
+        """Share of the test questions' true pairs whose chosen answer has the higher reward."""
+        rewards = self.score(model, self.test) - self.test_reference  # (P, 2)
+        return (rewards[:, 0] > rewards[:, 1]).float().mean().item()
+
+
+def digest(pairs: Sequence[tuple[demo.Question, Pick]]) -> str:
+    texts = [[question.instruction, chosen.response, rejected.response] for question, (chosen, rejected) in pairs]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
+def train_all(
+    folder: Path, seeds: Sequence[int], rating_noises: Sequence[float], score_noises: Sequence[float]
+) -> None:
+    """Append to runs.jsonl a line for each run that is not there yet."""
+    torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
+    alone = distributed.start("cpu")
+    runs = read_jsonl(folder / "runs.jsonl")
+    done = {(run["seed"], run["arm"], run["rating_noise"], run["score_noise"]) for run in runs}
+    jobs = [("base", None, None), *cells(rating_noises, score_noises)]
+    with tqdm(total=len(seeds) * len(jobs), unit="run", disable=None) as progress:
+        for seed in seeds:
+            of = world(seed)
+            bench = None
+            results = {run["digest"]: run for run in runs if run["seed"] == seed}
+            for arm, rating_noise, score_noise in jobs:
+                progress.update()
+                if (seed, arm, rating_noise, score_noise) in done:
+                    continue
+                began, cpu = time.monotonic(), time.process_time()
+                bench = bench or Bench(of, make_base(of, folder / f"seed-{seed}"), alone)
+                line = {"seed": seed, "arm": arm, "rating_noise": rating_noise, "score_noise": score_noise}
+                if arm == "base":
+                    result = {"digest": "", "steps": 0, "exact_match": bench.exact_match(bench.load()), "accuracy": 0.0}
+                else:
+                    pairs, right, _ = pairs_of(arm, of, judged(of, rating_noise or 0.0, score_noise or 0.0))
+                    line |= {"digest": digest(pairs), "pairs": len(pairs), "right": right}
+                    known = results.get(line["digest"])
+                    result = (
+                        {name: known[name] for name in ("steps", "exact_match", "accuracy")} | {"trained": False}
+                        if known
+                        else bench.run(bench.tokens(pairs)) | {"trained": True}
+                    )
+                line |= result
+                line["seconds"] = round(time.monotonic() - began, 2)
+                line["cpu_seconds"] = round(time.process_time() - cpu, 2)
+                results[line["digest"]] = line
+                with open(folder / "runs.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                if progress.disable:
+                    print(json.dumps(line), flush=True)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/which_binarization"), metavar="DIR")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    train_all(args.output, SEEDS, TRAINED_RATING_NOISE, TRAINED_SCORE_NOISE)
+
+
+if __name__ == "__main__":
+    main()
