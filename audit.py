@@ -30,6 +30,7 @@ from binarize import (
     RULES,
     Completion,
     Drop,
+    Record,
     check_paths,
     choose,
     choose_by_overall_score,
@@ -42,6 +43,7 @@ from binarize import (
     prompt_id_of,
     read_json,
     read_values,
+    repair,
     rows_of_the_rules,
     show,
 )
@@ -402,6 +404,151 @@ class Benchmarks:
         ]
 
 
+# ---- what the labels are worth --------------------------------------------------------------------------------------
+
+JACKKNIFE = 20  # groups; an interval is +- 2.09 standard errors, Student's t at 19 degrees of freedom
+LABELS = ("mean rating", "overall_score", "overall_score, repaired")
+CAVEAT = (
+    "share of truth: 0 is noise, 1 the truth; noise / truth: standard deviations. Both assume that the aspects err",
+    "independently. What they have in common counts as truth, and an error that they share favours the ratings.",
+)
+
+
+class Labels:
+    """How the mean rating and overall_score agree, and how much truth each holds if they err independently.
+
+    One factor: within a record, each of an answer's k ratings is its truth plus an error, and its score is a multiple
+    of the truth plus an error. All errors are independent of each other and of the truth. Then two aspects covary by
+    the variance of the truth, and the share of truth in a label (its squared correlation with it) is
+
+        mean rating       var(truth) / var(mean rating)   Cronbach's alpha (Psychometrika 16, 1951)
+        overall_score     r^2 / alpha                     Spearman's correction for attenuation (1904)
+
+    where r is the correlation of the two, and all values are deviations from their mean over a record's answers. Errors
+    that aspects share pass for truth, so the ratings look better than they are, and the score worse. What one aspect
+    alone measures passes for an error, which has the reverse effect.
+    """
+
+    def __init__(self) -> None:
+        # label -> group -> k^2 SS(mean) - sum of the aspects' SS, over k (k - 1); SS(mean); SS(score); SP(mean, score)
+        self.sums = {label: [[0.0] * 4 for _ in range(JACKKNIFE)] for label in LABELS[1:]}
+        self.counts: Counter[str] = Counter()
+        self.correlations: dict[str, list[float]] = {label: [] for label in LABELS[1:]}
+
+    def add(self, answers: list[Answer]) -> None:
+        group = self.counts["records"] % JACKKNIFE
+        self.counts["records"] += 1
+        self.count_ties(LABELS[0], [answer.rating for answer in answers])
+        for label in LABELS[1:]:
+            judged = [answer for one in answers for answer in (mended(one) if label == LABELS[2] else [one])]
+            self.count_ties(label, [answer.overall_score for answer in judged])
+            both = [(a.rating, a.overall_score) for a in judged if a.rating is not None and a.overall_score is not None]
+            if len(both) > 1:
+                correlation = pearson(*(ranks(list(values)) for values in zip(*both, strict=True)))
+                self.correlations[label] += [] if correlation is None else [correlation]
+            complete = [(ratings, a.overall_score) for a in judged if (ratings := all_ratings(a))]
+            scored = [(ratings, score) for ratings, score in complete if score is not None]
+            if len(scored) > 1 and len({len(ratings) for ratings, _ in scored}) == 1:
+                self.counts[label] += len(scored)
+                moments = sums_of_squares(scored)
+                self.sums[label][group] = [a + b for a, b in zip(self.sums[label][group], moments, strict=True)]
+
+    def count_ties(self, label: str, values: list[float | None]) -> None:
+        known = [value for value in values if value is not None]
+        self.counts[f"tied {label}"] += sum(a == b for a, b in combinations(known, 2))
+        self.counts[f"pairs {label}"] += len(known) * (len(known) - 1) // 2
+
+    def share(self, label: str, without: int = -1) -> float | None:
+        """The share of truth, without one group of records. None if the aspects do not covary."""
+        of = LABELS[1] if label == LABELS[0] else label
+        groups = [sums for n, sums in enumerate(self.sums[of]) if n != without]
+        truth, mean, score, product = (sum(column) for column in zip(*groups, strict=True))
+        if truth <= 0 or score <= 0:
+            return None
+        return truth / mean if label == LABELS[0] else min(product**2 / (truth * score), 1.0)
+
+    def interval(self, plus: str, minus: str | None = None) -> tuple[float, float, float] | None:
+        """A share, or the difference of two, and its 95 % interval by the delete-a-group jackknife."""
+        found = []
+        for group in (-1, *range(JACKKNIFE)):
+            a, b = self.share(plus, group), 0.0 if minus is None else self.share(minus, group)
+            if a is None or b is None:
+                return None
+            found.append(a - b)
+        value, *others = found
+        centre = sum(others) / JACKKNIFE
+        error = ((JACKKNIFE - 1) / JACKKNIFE * sum((other - centre) ** 2 for other in others)) ** 0.5
+        return value, value - 2.09 * error, value + 2.09 * error
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        header = ["label", "share of truth", "95 % interval", "noise / truth", "tied pairs", "rank correlation"]
+        rows = []
+        for label in LABELS:
+            found = self.interval(label)
+            value, low, high = found or (0.0, 0.0, 0.0)
+            noise = f"{max(1 / value - 1, 0) ** 0.5:.2f}" if value else "-"
+            cells = [f"{value:.2f}", f"{max(low, 0):.2f} to {min(high, 1):.2f}", noise] if found else ["-", "-", "-"]
+            known = self.correlations.get(label)
+            ties = share(self.counts[f"tied {label}"], self.counts[f"pairs {label}"])
+            rows.append([label, *cells, ties, mean(sum(known), len(known), 2) if known else "-"])
+        return header, rows
+
+    def verdict(self) -> list[str]:
+        """What follows from the table, in a sentence, and its condition."""
+        if (found := self.interval(LABELS[0], LABELS[2])) is None:
+            return []
+        value, low, high = found
+        more = "more" if value > 0 else "less"
+        figures = f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+        certain = "" if low > 0 or high < 0 else "; the interval holds 0, so this may be chance"
+        return [f"the mean rating holds {more} truth than the repaired score: {figures}{certain}", *CAVEAT]
+
+
+def labels_of(paths: Sequence[Path]) -> Labels:
+    """Those of raw files, without an audit."""
+    labels = Labels()
+    for path in paths:
+        for entry in read_entries(path):
+            labels.add(entry.answers)
+    return labels
+
+
+def mended(answer: Answer) -> list[Answer]:
+    """The answer as `binarize.py --repair` leaves it, or none."""
+    if answer.overall_score != 10:
+        return [answer]
+    record, _ = repair(Record("", "", [Completion(*answer[:4])]))
+    return [answer._replace(overall_score=completion.overall_score) for completion in record.completions]
+
+
+def all_ratings(answer: Answer) -> list[float]:
+    """The ratings of at least two aspects, or nothing if one is missing."""
+    ratings = [rating for rating, _ in answer.aspects.values()]
+    return [float(rating) for rating in ratings] if len(ratings) > 1 and not {"", "N/A"} & set(ratings) else []
+
+
+def sums_of_squares(judged: list[tuple[list[float], float]]) -> tuple[float, float, float, float]:
+    """The terms of `Labels.sums`, of answers with k ratings and a score each."""
+    k = len(judged[0][0])
+    aspects = [deviations(column) for column in zip(*(ratings for ratings, _ in judged), strict=True)]
+    means, scores = deviations([sum(ratings) / k for ratings, _ in judged]), deviations([score for _, score in judged])
+    of_mean, of_score = (sum(d * d for d in each) for each in (means, scores))
+    of_aspects = sum(d * d for aspect in aspects for d in aspect)
+    product = sum(a * b for a, b in zip(means, scores, strict=True))
+    return (k * k * of_mean - of_aspects) / (k * (k - 1)), of_mean, of_score, product
+
+
+def deviations(values: Sequence[float]) -> list[float]:
+    centre = sum(values) / len(values)
+    return [value - centre for value in values]
+
+
+def pearson(a: list[float], b: list[float]) -> float | None:
+    da, db = deviations(a), deviations(b)
+    scale = (sum(x * x for x in da) * sum(x * x for x in db)) ** 0.5
+    return sum(x * y for x, y in zip(da, db, strict=True)) / scale if scale else None
+
+
 # ---- the audit ------------------------------------------------------------------------------------------------------
 
 COLUMNS = [
@@ -418,6 +565,7 @@ class Audit:
         self.counts: Counter[str] = Counter()
         self.sources: dict[str, Counter[str]] = defaultdict(Counter)
         self.models: dict[str, Counter[str]] = defaultdict(Counter)
+        self.labels = Labels() if "rules differ" in reasons else None  # of raw records only
         self.rows: list[list[Any]] = []  # by COLUMNS
         self.findings: list[list[tuple[str, str]]] = []  # of each row
         self.prompts: dict[bytes, list[int]] = defaultdict(list)  # digest of a prompt -> its rows
@@ -433,6 +581,8 @@ class Audit:
         source = self.sources[entry.source]
         source += entry.counts
         source["records"] += 1
+        if self.labels:
+            self.labels.add(entry.answers)
         for i, answer in enumerate(entry.answers):
             model = self.models[answer.model]
             model.update(answers=1, chars=len(answer.response), chosen=i == entry.chosen, rejected=i == entry.rejected)
@@ -482,7 +632,7 @@ class Audit:
             row[COLUMNS.index("reasons")] = "; ".join(found)
 
     def tables(self) -> list[tuple[list[str], list[list[str]]]]:
-        """(header, rows): by source, then by model, largest first."""
+        """(header, rows): by source, then by model, largest first; of raw records, by label."""
         by_source = [
             [
                 printable(name) or "(no source)", f"{c['records']:,}", f"{c['pairs']:,}",
@@ -500,9 +650,11 @@ class Audit:
             for name, c in sorted(self.models.items(), key=lambda item: -item[1]["answers"])
         ]  # fmt: skip
         scores, lengths = ["mean rating", "overall_score"], ["chosen longer", "chosen chars", "rejected chars"]
+        by_label = [self.labels.table()] if self.labels else []
         return [
             (["source", "records", "pairs", *lengths, "rules differ", *scores], by_source),
             (["model", "answers", *scores, "chosen", "rejected", "mean chars"], by_model),
+            *by_label,
         ]
 
     def counted(self) -> list[tuple[str, int, int]]:
@@ -653,6 +805,8 @@ def table(audit: Audit, most: int = 20) -> str:
         padded[0] = [cell.ljust(widths[0]) for cell in columns[0]]
         lines = ["  ".join(cells) for cells in zip(*padded, strict=True)]
         parts.append("\n".join(lines + ([f"... and {len(rows) - most} more"] if len(rows) > most else [])))
+    if audit.labels:
+        parts[-1] = "\n".join([parts[-1], *audit.labels.verdict()])
     return "\n\n".join(parts)
 
 

@@ -53,13 +53,13 @@ from notus.tokens import PairSet, load_pairs
 
 ARMS = ("released", "repaired", "ratings", "truth")
 SEEDS = range(5)
-RATING_NOISE = np.linspace(0, 6, 9)  # points of a rating, which has 1 to 5: the labels' grid
-SCORE_NOISE = np.linspace(0, 6, 9)  # points of overall_score, which has 1 to 10, two to a point of the grade
-TRAINED_RATING_NOISE, TRAINED_SCORE_NOISE = (0.75, 2.25, 4.5), (0.75, 2.25, 4.5)  # points of both grids
+NOISE = np.linspace(0, 12, 9).tolist()  # standard deviations, in points: of a rating, of overall_score; labels only
+TRAINED_NOISE = (1.5, 3.0, 6.0, 12.0)
+REPEATS = 3  # disjoint thirds of a seed's records, each trained on alone
 SETTINGS = demo.Settings(
     records=1500, test_pairs=300, test_prompts=400, sft_questions=10000, hidden_size=96, num_layers=2
 )
-BETA, LEARNING_RATE, PAIRS_PER_STEP, BUDGET = 0.1, 5e-5, 32, 8192  # BUDGET: tokens of a micro-batch
+BETA, LEARNING_RATE, PAIRS_PER_STEP, BUDGET = 0.3, 5e-5, 16, 8192  # BUDGET: tokens of a micro-batch
 
 
 # ---- the labels -----------------------------------------------------------------------------------------------------
@@ -147,23 +147,21 @@ def share_of_truth(of: World, records: Sequence[Record], label: str) -> float:
 
 def sweep_labels(of: World) -> Iterator[dict[str, Any]]:
     """A line for each arm and noise of the fine grid. A noise that an arm does not see is None."""
-    by_ratings = {r: judged(of, r, 0) for r in RATING_NOISE.tolist()}
-    by_score = {s: judged(of, 0, s) for s in SCORE_NOISE.tolist()}
-    for arm, rating_noise, score_noise in cells(by_ratings, by_score):
+    by_ratings = {r: judged(of, r, 0) for r in NOISE}
+    by_score = {s: judged(of, 0, s) for s in NOISE}
+    for arm, rating_noise, score_noise in cells(NOISE):
         records = combine(by_ratings[rating_noise or 0.0], by_score[score_noise or 0.0])
         pairs, right, truth = pairs_of(arm, of, records)
         cell = {"seed": of.seed, "arm": arm, "rating_noise": rating_noise, "score_noise": score_noise}
         yield cell | {"pairs": len(pairs), "right": right, "share_of_truth": truth}
 
 
-def cells(
-    rating_noises: Sequence[float], score_noises: Sequence[float]
-) -> Iterator[tuple[str, float | None, float | None]]:
+def cells(noises: Sequence[float]) -> Iterator[tuple[str, float | None, float | None]]:
     """(arm, rating noise, score noise) of every label there is. The repair reads both."""
     yield "truth", None, None
-    yield from (("ratings", r, None) for r in rating_noises)
-    yield from (("released", None, s) for s in score_noises)
-    yield from (("repaired", r, s) for r in rating_noises for s in score_noises)
+    yield from (("ratings", r, None) for r in noises)
+    yield from (("released", None, s) for s in noises)
+    yield from (("repaired", r, s) for r in noises for s in noises)
 
 
 # ---- the training ---------------------------------------------------------------------------------------------------
@@ -247,46 +245,52 @@ def digest(pairs: Sequence[tuple[demo.Question, Pick]]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
-def train_all(
-    folder: Path, seeds: Sequence[int], rating_noises: Sequence[float], score_noises: Sequence[float]
-) -> None:
+def train_all(folder: Path) -> None:
     """Append to runs.jsonl a line for each run that is not there yet."""
     torch.set_num_threads(1)  # matrices this small are done before a second thread wakes up
     alone = distributed.start("cpu")
-    runs = read_jsonl(folder / "runs.jsonl")
-    done = {(run["seed"], run["arm"], run["rating_noise"], run["score_noise"]) for run in runs}
-    jobs = [("base", None, None), *cells(rating_noises, score_noises)]
-    with tqdm(total=len(seeds) * len(jobs), unit="run", disable=None) as progress:
-        for seed in seeds:
+    known = read_jsonl(folder / "runs.jsonl")
+    done = {tuple(run[name] for name in KEY) for run in known}
+    jobs = [("base", None, None), *cells(TRAINED_NOISE)]
+    with tqdm(total=REPEATS * len(SEEDS) * len(jobs), unit="run", disable=None) as progress:
+        for repeat, seed in ((repeat, seed) for repeat in range(REPEATS) for seed in SEEDS):
+            left = [job for job in jobs if (seed, repeat, *job) not in done]
+            progress.update(len(jobs) - len(left))
+            if not left:
+                continue
             of = world(seed)
-            bench = None
-            results = {run["digest"]: run for run in runs if run["seed"] == seed}
-            for arm, rating_noise, score_noise in jobs:
-                progress.update()
-                if (seed, arm, rating_noise, score_noise) in done:
-                    continue
-                began, cpu = time.monotonic(), time.process_time()
-                bench = bench or Bench(of, make_base(of, folder / f"seed-{seed}"), alone)
-                line = {"seed": seed, "arm": arm, "rating_noise": rating_noise, "score_noise": score_noise}
-                if arm == "base":
-                    result = {"digest": "", "steps": 0, "exact_match": bench.exact_match(bench.load()), "accuracy": 0.0}
-                else:
-                    pairs, right, _ = pairs_of(arm, of, judged(of, rating_noise or 0.0, score_noise or 0.0))
-                    line |= {"digest": digest(pairs), "pairs": len(pairs), "right": right}
-                    known = results.get(line["digest"])
-                    result = (
-                        {name: known[name] for name in ("steps", "exact_match", "accuracy")} | {"trained": False}
-                        if known
-                        else bench.run(bench.tokens(pairs)) | {"trained": True}
-                    )
-                line |= result
-                line["seconds"] = round(time.monotonic() - began, 2)
-                line["cpu_seconds"] = round(time.process_time() - cpu, 2)
+            of = of._replace(rated=of.rated[repeat::REPEATS])
+            bench = Bench(of, make_base(of, folder / f"seed-{seed}"), alone)
+            results = {run["digest"]: run for run in known if (run["seed"], run["repeat"]) == (seed, repeat)}
+            for job in left:
+                line = dict(zip(KEY, (seed, repeat, *job), strict=True)) | one_run(bench, results, *job)
                 results[line["digest"]] = line
                 with open(folder / "runs.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
+                progress.update()
                 if progress.disable:
                     print(json.dumps(line), flush=True)
+
+
+KEY = ("seed", "repeat", "arm", "rating_noise", "score_noise")
+
+
+def one_run(
+    bench: Bench, results: dict[str, dict[str, Any]], arm: str, rating_noise: float | None, score_noise: float | None
+) -> dict[str, Any]:
+    """The figures of a run. Those of the same pairs are taken from `results`."""
+    began, cpu = time.monotonic(), time.process_time()
+    if arm == "base":
+        model = bench.load()
+        return {"digest": "", "steps": 0, "exact_match": bench.exact_match(model), "seconds": 0.0, "cpu_seconds": 0.0}
+    pairs, right, _ = pairs_of(arm, bench.of, judged(bench.of, rating_noise or 0.0, score_noise or 0.0))
+    line: dict[str, Any] = {"digest": digest(pairs), "pairs": len(pairs), "right": right}
+    known = results.get(line["digest"])
+    line["trained"] = known is None
+    line |= {n: known[n] for n in ("steps", "exact_match", "accuracy")} if known else bench.run(bench.tokens(pairs))
+    return line | {
+        "seconds": round(time.monotonic() - began, 2), "cpu_seconds": round(time.process_time() - cpu, 2)
+    }  # fmt: skip
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -298,7 +302,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/which_binarization"), metavar="DIR")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    train_all(args.output, SEEDS, TRAINED_RATING_NOISE, TRAINED_SCORE_NOISE)
+    train_all(args.output)
 
 
 if __name__ == "__main__":
