@@ -41,11 +41,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))  # where train.py and binarize.py are
 
 import train
+from audit import LABELS, Labels, labels_of, raw_entry
 from binarize import Drop, Pick, Record, choose_all, parse_record, repair
 from notus import demo, distributed
 from notus.base import Base, Frame, load_model, read_base
 from notus.cost import forward_flops
 from notus.evaluate import score
+from notus.files import write_atomically
 from notus.generate import generate
 from notus.optim import lr_at, make_optimizer
 from notus.packing import training_steps
@@ -83,12 +85,15 @@ def world(seed: int) -> World:
 def judged(of: World, rating_noise: float, score_noise: float) -> list[Record]:
     """The rated questions' records. All noises share their random numbers, so a larger noise is the same one, grown."""
 
+    return [parse_record(raw) for raw in raw_records(of, rating_noise, score_noise)]
+
+
+def raw_records(of: World, rating_noise: float, score_noise: float) -> list[dict[str, Any]]:
     def error(sd: float) -> demo.Noise:
         return lambda rng: round(rng.gauss(0, sd))
 
-    rng = Random(f"ratings {of.seed}")
-    errors = error(rating_noise), error(score_noise)
-    return [parse_record(demo.record(rng, question, *errors)) for question in of.rated]
+    rng, errors = Random(f"ratings {of.seed}"), (error(rating_noise), error(score_noise))
+    return [demo.record(rng, question, *errors) for question in of.rated]
 
 
 def combine(ratings: Sequence[Record], scores: Sequence[Record]) -> list[Record]:
@@ -297,12 +302,224 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+# ---- what it says ---------------------------------------------------------------------------------------------------
+
+Grid = np.ndarray  # (seeds, rating noises, score noises)
+
+
+def label_lines(folder: Path) -> list[dict[str, Any]]:
+    """The fine grid, made once."""
+    path = folder / "labels.jsonl"
+    if not path.exists():
+        lines = [line for seed in tqdm(SEEDS, unit="seed", disable=None) for line in sweep_labels(world(seed))]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return read_jsonl(path)
+
+
+def estimate_lines(folder: Path) -> list[dict[str, Any]]:
+    """What audit.py says of each trained cell's records, beside the shares of truth as they are. Made once."""
+    path = folder / "estimates.jsonl"
+    if not path.exists():
+        lines = []
+        for seed in tqdm(SEEDS, unit="seed", disable=None):
+            of = world(seed)
+            for r, s in ((r, s) for r in TRAINED_NOISE for s in TRAINED_NOISE):
+                labels, records = Labels(), judged(of, r, s)
+                for entry in (raw_entry("", raw, "ratings", seed) for raw in raw_records(of, r, s)):
+                    labels.add(entry.answers)
+                line: dict[str, Any] = {"seed": seed, "rating_noise": r, "score_noise": s}
+                for name, label, arm in (("rating", LABELS[0], "ratings"), ("score", LABELS[2], "repaired")):
+                    line |= {name: pairs_of(arm, of, records)[2], f"{name}_estimate": labels.share(label)}
+                lines.append(line)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return read_jsonl(path)
+
+
+def grid(lines: Sequence[dict[str, Any]], arm: str, value: str, noises: Sequence[float]) -> Grid:
+    """Means over a seed's repeats. An arm that reads one noise only has the same value along the other."""
+    found = np.full((len(SEEDS), len(noises), len(noises)), np.nan)
+    for index in np.ndindex(*found.shape):
+        seed, r, s = SEEDS[index[0]], noises[index[1]], noises[index[2]]
+        values = [
+            line[value]
+            for line in lines
+            if line["seed"] == seed and line["arm"] == arm
+            and line["rating_noise"] in (None, r) and line["score_noise"] in (None, s)
+        ]  # fmt: skip
+        found[index] = np.mean(values) if values else np.nan
+    return found
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean over the seeds and the half width of its 95 % interval, by Student's t."""
+    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+
+
+def crossings(difference: np.ndarray, noises: Sequence[float]) -> list[float]:
+    """(rating noises, score noises) of ratings minus scores -> for each score noise, the rating noise where the
+    difference falls to 0, between two of the grid by linear interpolation. nan: it never does."""
+    found = []
+    for column in difference.T:
+        places = [i for i in range(len(noises) - 1) if column[i] > 0 >= column[i + 1]]
+        if places:
+            i = places[0]
+            part = column[i] / (column[i] - column[i + 1])
+            found.append(noises[i] + part * (noises[i + 1] - noises[i]))
+        else:
+            found.append(float("nan"))
+    return found
+
+
+def resampled(difference: Grid, count: int = 1000) -> Iterator[np.ndarray]:
+    """Means over seeds that were drawn again with replacement: the bootstrap."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        yield difference[rng.integers(len(difference), size=len(difference))].mean(0)
+
+
+def report(folder: Path) -> None:
+    runs, labels, estimates = read_jsonl(folder / "runs.jsonl"), label_lines(folder), estimate_lines(folder)
+    trained = [run for run in runs if run.get("trained")]
+    cpu = sum(run["cpu_seconds"] for run in trained)
+    print(f"{len(trained)} trainings, {len(SEEDS)} seeds, {cpu:.0f} s of CPU, {cpu / len(trained):.1f} s each")
+    points = {arm: 100 * grid(runs, arm, "exact_match", TRAINED_NOISE) for arm in ARMS}
+    base = [
+        100 * np.mean([run["exact_match"] for run in runs if run["seed"] == s and run["arm"] == "base"]) for s in SEEDS
+    ]
+    print("\nexact match in %, mean and 95 % interval (Student's t over seeds); noise in points")
+    print(f"  base        {show(np.array(base))}\n  truth       {show(points['truth'][:, 0, 0])}")
+    for i, noise in enumerate(TRAINED_NOISE):
+        print(f"  ratings  {noise:>4g}  {show(points['ratings'][:, i, 0])}")
+    for i, noise in enumerate(TRAINED_NOISE):
+        print(f"  released {noise:>4g}  {show(points['released'][:, 0, i])}")
+    for name, lines, value in (("exact match", runs, "exact_match"), ("pairs labelled right", runs, "right")):
+        difference = 100 * (
+            grid(lines, "ratings", value, TRAINED_NOISE) - grid(lines, "repaired", value, TRAINED_NOISE)
+        )
+        print(f"\nratings minus repaired scores, {name}, percentage points; rows: rating noise, columns: score noise")
+        print("        " + "".join(f"{noise:>16g}" for noise in TRAINED_NOISE))
+        for i, noise in enumerate(TRAINED_NOISE):
+            print(f"  {noise:>6g}" + "".join(f"{show(cell):>16}" for cell in difference[:, i].T))
+    print("\nrating noise from which the repaired score is the better label, by score noise")
+    fine = grid(labels, "ratings", "right", NOISE) - grid(labels, "repaired", "right", NOISE)
+    lines_ = np.array([crossings(seed, NOISE) for seed in fine])
+    for i, noise in enumerate(NOISE):
+        if not np.isnan(lines_[:, i]).any():
+            print(f"  labels, {noise:>4g}: {show(lines_[:, i], 2)} (t)")
+    difference = points["ratings"] - points["repaired"]
+    found, drawn = (
+        crossings(difference.mean(0), TRAINED_NOISE),
+        [crossings(m, TRAINED_NOISE) for m in resampled(difference)],
+    )
+    for i, noise in enumerate(TRAINED_NOISE):
+        column = np.array(drawn)[:, i]
+        low, high = np.nanpercentile(column, [2.5, 97.5]) if not np.isnan(column).all() else (np.nan, np.nan)
+        print(
+            f"  models, {noise:>4g}: {found[i]:.2f} ({low:.2f} to {high:.2f}, bootstrap over seeds; none in {np.isnan(column).mean():.0%})"
+        )
+    errors = {n: np.array([line[f"{n}_estimate"] - line[n] for line in estimates]) for n in ("rating", "score")}
+    for name, error in errors.items():
+        print(
+            f"audit.py's share of truth in the {name}, minus the true one: {error.mean():+.3f}, at most {abs(error).max():.3f}"
+        )
+    ahead = np.array(
+        [[line["rating_estimate"] - line["score_estimate"], line["rating"] - line["score"]] for line in estimates]
+    )
+    print(f"audit.py names the label with more truth in {(ahead.prod(1) > 0).sum()} of {len(ahead)} files")
+
+
+def show(values: np.ndarray, digits: int = 1) -> str:
+    mean, half = interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+COLOURS = {"released": "#d1495b", "repaired": "#b07d00", "ratings": "#00798c", "truth": "#333333"}
+
+
+def draw(folder: Path, output: Path, files: Sequence[Path]) -> None:
+    """Left: what a label's share of truth makes of the model. Right: the map."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs, estimates = read_jsonl(folder / "runs.jsonl"), estimate_lines(folder)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.8), facecolor="white", layout="constrained")
+    points = {arm: 100 * grid(runs, arm, "exact_match", TRAINED_NOISE) for arm in ARMS}
+    lines = [line | {"arm": "shares"} for line in estimates]
+    shares = {
+        arm: grid(lines, "shares", name, TRAINED_NOISE).mean(0)
+        for arm, name in (("ratings", "rating"), ("repaired", "score"))
+    }
+    labels = label_lines(folder)
+    shares["released"] = grid(labels, "released", "share_of_truth", TRAINED_NOISE).mean(0)
+    shares["truth"] = np.ones_like(shares["ratings"])
+    for arm in ARMS:
+        cells = sorted(
+            {(x, *interval(y)) for x, y in zip(shares[arm].ravel(), points[arm].reshape(len(SEEDS), -1).T, strict=True)}
+        )
+        x, y, half = zip(*cells, strict=True)
+        left.errorbar(
+            x,
+            y,
+            half,
+            fmt="o",
+            ms=5,
+            lw=1,
+            color=COLOURS[arm],
+            label=f"{arm} ({len(cells)})" if len(cells) > 1 else arm,
+        )
+    base = np.mean([100 * run["exact_match"] for run in runs if run["arm"] == "base"])
+    left.axhline(base, color="gray", lw=1, ls=":")
+    left.text(0.98, base + 1, "base", color="gray", ha="right")
+    left.set(
+        xlabel="share of truth in the label",
+        ylabel="exact match after DPO, %",
+        title="A model is worth what its labels hold",
+    )
+    left.legend(title="labels", loc="lower right", bbox_to_anchor=(1, 0.06))
+
+    difference = points["ratings"] - points["repaired"]  # (seeds, ratings, scores)
+    x, y, mean = shares["ratings"], shares["repaired"], difference.mean(0)
+    top = abs(mean).max()
+    for sample in resampled(difference, 200):
+        if sample.min() < 0 < sample.max():
+            right.contour(x, y, sample, levels=[0], colors="#666666", alpha=0.03, linewidths=2)
+    right.contour(x, y, mean, levels=[0], colors="black", linewidths=2)
+    right.scatter(x, y, c=mean, cmap="BrBG", vmin=-top, vmax=top, s=430, edgecolors="gray", linewidths=0.8)
+    for i, j in np.ndindex(*mean.shape):
+        right.text(x[i, j], y[i, j], f"{mean[i, j]:+.0f}", ha="center", va="center", fontsize=8.5,
+                   color="white" if abs(mean[i, j]) > 0.6 * top else "black")  # fmt: skip
+    right.plot([0, 1], [0, 1], color="#d1495b", ls="--", lw=1.3)
+    right.plot([], [], color="black", lw=2, label="models: equal (gray: bootstrap)")
+    right.plot([], [], color="#d1495b", ls="--", lw=1.3, label="equal shares of truth")
+    for path in files:
+        found = labels_of([path])
+        right.plot(found.share(LABELS[0]), found.share(LABELS[2]), "k*", ms=14, label=path.name)
+    root, ticks = (np.sqrt, np.square), [0.02, 0.1, 0.25, 0.5, 0.75, 1]
+    right.set_xscale("function", functions=root)
+    right.set_yscale("function", functions=root)
+    right.set(xlim=(0.005, 1), ylim=(0.005, 1), xticks=ticks, yticks=ticks, xlabel="share of truth in the mean rating",
+              ylabel="share of truth in the repaired score", title="Exact match: ratings minus repaired scores, points")  # fmt: skip
+    right.set_xticklabels(map(str, ticks))
+    right.set_yticklabels(map(str, ticks))
+    right.legend(loc="upper left", fontsize=8.5)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=95)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("runs/which_binarization"), metavar="DIR")
+    parser.add_argument(
+        "--raw", type=Path, nargs="+", default=[], metavar="FILE", help="raw records to show on the map"
+    )
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     train_all(args.output)
+    report(args.output)
+    draw(args.output, args.output / "which_binarization.png", args.raw)
 
 
 if __name__ == "__main__":
