@@ -427,10 +427,13 @@ class Labels:
     where r is the correlation of the two, and all values are deviations from their mean over a record's answers. Errors
     that aspects share pass for truth, so the ratings look better than they are, and the score worse. What one aspect
     alone measures passes for an error, which has the reverse effect.
+
+    The repair reads the ratings, so a repaired score shares their errors, and r would be too high. Each two aspects are
+    therefore compared with the score as repaired by the other ones alone.
     """
 
     def __init__(self) -> None:
-        # label -> group -> k^2 SS(mean) - sum of the aspects' SS, over k (k - 1); SS(mean); SS(score); SP(mean, score)
+        # label -> group -> the terms of `sums_of_squares`
         self.sums = {label: [[0.0] * 4 for _ in range(JACKKNIFE)] for label in LABELS[1:]}
         self.counts: Counter[str] = Counter()
         self.correlations: dict[str, list[float]] = {label: [] for label in LABELS[1:]}
@@ -446,12 +449,13 @@ class Labels:
             if len(both) > 1:
                 correlation = pearson(*(ranks(list(values)) for values in zip(*both, strict=True)))
                 self.correlations[label] += [] if correlation is None else [correlation]
-            complete = [(ratings, a.overall_score) for a in judged if (ratings := all_ratings(a))]
-            scored = [(ratings, score) for ratings, score in complete if score is not None]
-            if len(scored) > 1 and len({len(ratings) for ratings, _ in scored}) == 1:
-                self.counts[label] += len(scored)
-                moments = sums_of_squares(scored)
-                self.sums[label][group] = [a + b for a, b in zip(self.sums[label][group], moments, strict=True)]
+        complete = [(ratings, a.overall_score) for a in answers if (ratings := all_ratings(a))]
+        scored = [(ratings, score) for ratings, score in complete if score is not None]
+        if len(scored) < 2 or len({len(ratings) for ratings, _ in scored}) > 1:
+            return
+        for label, terms in zip(LABELS[1:], (sums_of_squares(scored), repaired_sums(scored)), strict=True):
+            sums = self.sums[label][group]
+            self.sums[label][group] = [a + b for a, b in zip(sums, terms, strict=True)]
 
     def count_ties(self, label: str, values: list[float | None]) -> None:
         known = [value for value in values if value is not None]
@@ -527,8 +531,13 @@ def all_ratings(answer: Answer) -> list[float]:
     return [float(rating) for rating in ratings] if len(ratings) > 1 and not {"", "N/A"} & set(ratings) else []
 
 
-def sums_of_squares(judged: list[tuple[list[float], float]]) -> tuple[float, float, float, float]:
-    """The terms of `Labels.sums`, of answers with k ratings and a score each."""
+Judged = list[tuple[list[float], float]]  # (k ratings, score) of each answer of a record
+Sums = tuple[float, float, float, float]
+
+
+def sums_of_squares(judged: Judged) -> Sums:
+    """Mean SP of two aspects, SS of the mean rating, SS of the score, SP of mean rating and score; SP: the sum of
+    products of deviations, SS: of squares."""
     k = len(judged[0][0])
     aspects = [deviations(column) for column in zip(*(ratings for ratings, _ in judged), strict=True)]
     means, scores = deviations([sum(ratings) / k for ratings, _ in judged]), deviations([score for _, score in judged])
@@ -536,6 +545,23 @@ def sums_of_squares(judged: list[tuple[list[float], float]]) -> tuple[float, flo
     of_aspects = sum(d * d for aspect in aspects for d in aspect)
     product = sum(a * b for a, b in zip(means, scores, strict=True))
     return (k * k * of_mean - of_aspects) / (k * (k - 1)), of_mean, of_score, product
+
+
+def repaired_sums(judged: Judged) -> Sums:
+    """The same after a repair: the mean over all two aspects, each with the scores that the other aspects repair."""
+    k = len(judged[0][0])
+    if k < 3 or all(score != 10 for _, score in judged):
+        return sums_of_squares(judged) if k > 2 else (0.0, 0.0, 0.0, 0.0)
+    terms = []
+    for two in combinations(range(k), 2):
+        kept = []
+        for ratings, score in judged:
+            others = [rating for i, rating in enumerate(ratings) if i not in two]
+            mended_, _ = repair(Record("", "", [Completion("", "", sum(others) / len(others), score)]))
+            kept += [([ratings[i] for i in two], one.overall_score or 0.0) for one in mended_.completions]
+        terms.append(sums_of_squares(kept) if len(kept) > 1 else (0.0, 0.0, 0.0, 0.0))
+    a, b, c, d = (sum(column) / len(terms) for column in zip(*terms, strict=True))
+    return a, b, c, d
 
 
 def deviations(values: Sequence[float]) -> list[float]:

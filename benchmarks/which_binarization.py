@@ -57,7 +57,7 @@ ARMS = ("released", "repaired", "ratings", "truth")
 SEEDS = range(5)
 NOISE = np.linspace(0, 12, 9).tolist()  # standard deviations, in points: of a rating, of overall_score; labels only
 TRAINED_NOISE = (1.5, 3.0, 6.0, 12.0)
-REPEATS = 3  # disjoint thirds of a seed's records, each trained on alone
+THIRDS, REPEATS = 3, 2  # a seed's records are three disjoint parts; so many of them are trained on, each alone
 SETTINGS = demo.Settings(
     records=1500, test_pairs=300, test_prompts=400, sft_questions=10000, hidden_size=96, num_layers=2
 )
@@ -264,7 +264,7 @@ def train_all(folder: Path) -> None:
             if not left:
                 continue
             of = world(seed)
-            of = of._replace(rated=of.rated[repeat::REPEATS])
+            of = of._replace(rated=of.rated[repeat::THIRDS])
             bench = Bench(of, make_base(of, folder / f"seed-{seed}"), alone)
             results = {run["digest"]: run for run in known if (run["seed"], run["repeat"]) == (seed, repeat)}
             for job in left:
@@ -378,54 +378,75 @@ def resampled(difference: Grid, count: int = 1000) -> Iterator[np.ndarray]:
 
 
 def report(folder: Path) -> None:
-    runs, labels, estimates = read_jsonl(folder / "runs.jsonl"), label_lines(folder), estimate_lines(folder)
+    runs = read_jsonl(folder / "runs.jsonl")
     trained = [run for run in runs if run.get("trained")]
     cpu = sum(run["cpu_seconds"] for run in trained)
     print(f"{len(trained)} trainings, {len(SEEDS)} seeds, {cpu:.0f} s of CPU, {cpu / len(trained):.1f} s each")
+    report_models(runs)
+    report_crossings(runs, label_lines(folder))
+    report_estimates(runs, estimate_lines(folder))
+
+
+def ahead(lines: Sequence[dict[str, Any]], value: str, noises: Sequence[float]) -> Grid:
+    """Ratings minus repaired scores."""
+    return grid(lines, "ratings", value, noises) - grid(lines, "repaired", value, noises)
+
+
+def report_models(runs: Sequence[dict[str, Any]]) -> None:
     points = {arm: 100 * grid(runs, arm, "exact_match", TRAINED_NOISE) for arm in ARMS}
-    base = [
-        100 * np.mean([run["exact_match"] for run in runs if run["seed"] == s and run["arm"] == "base"]) for s in SEEDS
-    ]
-    print("\nexact match in %, mean and 95 % interval (Student's t over seeds); noise in points")
-    print(f"  base        {show(np.array(base))}\n  truth       {show(points['truth'][:, 0, 0])}")
+    print("\nexact match in %: mean and 95 % interval, Student's t over seeds; noise in points")
+    print(f"  base          {show(base_points(runs))}\n  truth         {show(points['truth'][:, 0, 0])}")
     for i, noise in enumerate(TRAINED_NOISE):
-        print(f"  ratings  {noise:>4g}  {show(points['ratings'][:, i, 0])}")
-    for i, noise in enumerate(TRAINED_NOISE):
-        print(f"  released {noise:>4g}  {show(points['released'][:, 0, i])}")
-    for name, lines, value in (("exact match", runs, "exact_match"), ("pairs labelled right", runs, "right")):
-        difference = 100 * (
-            grid(lines, "ratings", value, TRAINED_NOISE) - grid(lines, "repaired", value, TRAINED_NOISE)
-        )
+        print(f"  noise {noise:>4g}    ratings {show(points['ratings'][:, i, 0])}", end="")
+        print(f"    released {show(points['released'][:, 0, i])}    repaired {show(points['repaired'][:, i, i])}")
+    for name, value in (("exact match", "exact_match"), ("pairs labelled right", "right")):
         print(f"\nratings minus repaired scores, {name}, percentage points; rows: rating noise, columns: score noise")
-        print("        " + "".join(f"{noise:>16g}" for noise in TRAINED_NOISE))
+        print("        " + "".join(f"{noise:>14g}" for noise in TRAINED_NOISE))
         for i, noise in enumerate(TRAINED_NOISE):
-            print(f"  {noise:>6g}" + "".join(f"{show(cell):>16}" for cell in difference[:, i].T))
-    print("\nrating noise from which the repaired score is the better label, by score noise")
-    fine = grid(labels, "ratings", "right", NOISE) - grid(labels, "repaired", "right", NOISE)
-    lines_ = np.array([crossings(seed, NOISE) for seed in fine])
-    for i, noise in enumerate(NOISE):
-        if not np.isnan(lines_[:, i]).any():
-            print(f"  labels, {noise:>4g}: {show(lines_[:, i], 2)} (t)")
-    difference = points["ratings"] - points["repaired"]
-    found, drawn = (
-        crossings(difference.mean(0), TRAINED_NOISE),
-        [crossings(m, TRAINED_NOISE) for m in resampled(difference)],
-    )
-    for i, noise in enumerate(TRAINED_NOISE):
-        column = np.array(drawn)[:, i]
-        low, high = np.nanpercentile(column, [2.5, 97.5]) if not np.isnan(column).all() else (np.nan, np.nan)
-        print(
-            f"  models, {noise:>4g}: {found[i]:.2f} ({low:.2f} to {high:.2f}, bootstrap over seeds; none in {np.isnan(column).mean():.0%})"
-        )
-    errors = {n: np.array([line[f"{n}_estimate"] - line[n] for line in estimates]) for n in ("rating", "score")}
-    for name, error in errors.items():
-        print(
-            f"audit.py's share of truth in the {name}, minus the true one: {error.mean():+.3f}, at most {abs(error).max():.3f}"
-        )
-    ahead = np.array(
-        [[line["rating_estimate"] - line["score_estimate"], line["rating"] - line["score"]] for line in estimates]
-    )
-    print(f"audit.py names the label with more truth in {(ahead.prod(1) > 0).sum()} of {len(ahead)} files")
+            cells = 100 * ahead(runs, value, TRAINED_NOISE)[:, i].T  # (score noises, seeds)
+            print(f"  {noise:>6g}" + "".join(f"{show(cell):>14}" for cell in cells))
+
+
+def base_points(runs: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(seeds,)"""
+    bases = [[run["exact_match"] for run in runs if run["arm"] == "base" and run["seed"] == seed] for seed in SEEDS]
+    return 100 * np.array([np.mean(base) for base in bases])
+
+
+def report_crossings(runs: Sequence[dict[str, Any]], labels: Sequence[dict[str, Any]]) -> None:
+    print("\nrating noise from which the repaired score is better, by score noise")
+    fine = np.array([crossings(seed, NOISE) for seed in ahead(labels, "right", NOISE)])  # (seeds, score noises)
+    for noise, found in zip(NOISE, fine.T, strict=True):
+        if not np.isnan(found).any():
+            print(f"  {noise:>4g}  labels  {show(found, 2)} (Student's t over seeds)")
+    difference = ahead(runs, "exact_match", TRAINED_NOISE)
+    drawn = np.array([crossings(mean, TRAINED_NOISE) for mean in resampled(difference)])
+    for noise, found, column in zip(TRAINED_NOISE, crossings(difference.mean(0), TRAINED_NOISE), drawn.T, strict=True):
+        known = column[~np.isnan(column)]
+        low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (np.nan, np.nan)
+        never = f"; {1 - len(known) / len(column):.0%} of draws have none" if len(known) < len(column) else ""
+        print(f"  {noise:>4g}  models  {found:.2f} ({low:.2f} to {high:.2f}, bootstrap over seeds{never})")
+
+
+def report_estimates(runs: Sequence[dict[str, Any]], estimates: Sequence[dict[str, Any]]) -> None:
+    print("\nthe shares of truth that audit.py estimates, over the files of all seeds and trained noises")
+    for name in ("rating", "score"):
+        error = np.array([line[f"{name}_estimate"] - line[name] for line in estimates])
+        print(f"  {name}: estimate - truth {error.mean():+.3f} on average, {error.min():+.3f} to {error.max():+.3f}")
+    leads = share_grid(estimates, "rating_estimate") - share_grid(estimates, "score_estimate")
+    truths = share_grid(estimates, "rating") - share_grid(estimates, "score")
+    print(f"  the label with more truth is named in {(leads * truths > 0).sum()} of {leads.size} files")
+    models = ahead(runs, "exact_match", TRAINED_NOISE)
+    right = certain = 0
+    for index in np.ndindex(*models.shape[1:]):
+        mean, half = interval(models[(slice(None), *index)])
+        certain += abs(mean) > half
+        right += abs(mean) > half and mean * leads[(slice(None), *index)].mean() > 0
+    print(f"  of {certain} cells whose models certainly differ, it names the better label in {right}")
+
+
+def share_grid(estimates: Sequence[dict[str, Any]], name: str) -> Grid:
+    return grid([line | {"arm": "share"} for line in estimates], "share", name, TRAINED_NOISE)
 
 
 def show(values: np.ndarray, digits: int = 1) -> str:
@@ -433,80 +454,74 @@ def show(values: np.ndarray, digits: int = 1) -> str:
     return f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-COLOURS = {"released": "#d1495b", "repaired": "#b07d00", "ratings": "#00798c", "truth": "#333333"}
+COLOURS = {"released": "#d1495b", "repaired": "#c58b00", "ratings": "#00798c", "truth": "#222222"}
 
 
 def draw(folder: Path, output: Path, files: Sequence[Path]) -> None:
-    """Left: what a label's share of truth makes of the model. Right: the map."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     runs, estimates = read_jsonl(folder / "runs.jsonl"), estimate_lines(folder)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.8), facecolor="white", layout="constrained")
-    points = {arm: 100 * grid(runs, arm, "exact_match", TRAINED_NOISE) for arm in ARMS}
-    lines = [line | {"arm": "shares"} for line in estimates]
-    shares = {
-        arm: grid(lines, "shares", name, TRAINED_NOISE).mean(0)
-        for arm, name in (("ratings", "rating"), ("repaired", "score"))
-    }
-    labels = label_lines(folder)
-    shares["released"] = grid(labels, "released", "share_of_truth", TRAINED_NOISE).mean(0)
-    shares["truth"] = np.ones_like(shares["ratings"])
-    for arm in ARMS:
-        cells = sorted(
-            {(x, *interval(y)) for x, y in zip(shares[arm].ravel(), points[arm].reshape(len(SEEDS), -1).T, strict=True)}
-        )
-        x, y, half = zip(*cells, strict=True)
-        left.errorbar(
-            x,
-            y,
-            half,
-            fmt="o",
-            ms=5,
-            lw=1,
-            color=COLOURS[arm],
-            label=f"{arm} ({len(cells)})" if len(cells) > 1 else arm,
-        )
-    base = np.mean([100 * run["exact_match"] for run in runs if run["arm"] == "base"])
-    left.axhline(base, color="gray", lw=1, ls=":")
-    left.text(0.98, base + 1, "base", color="gray", ha="right")
-    left.set(
-        xlabel="share of truth in the label",
-        ylabel="exact match after DPO, %",
-        title="A model is worth what its labels hold",
-    )
-    left.legend(title="labels", loc="lower right", bbox_to_anchor=(1, 0.06))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 5), facecolor="white", layout="constrained")
+    draw_models(left, runs)
+    draw_map(right, ahead(runs, "exact_match", TRAINED_NOISE), estimates, files)
+    figure.savefig(output, dpi=90)
+    pyplot.close(figure)
 
-    difference = points["ratings"] - points["repaired"]  # (seeds, ratings, scores)
-    x, y, mean = shares["ratings"], shares["repaired"], difference.mean(0)
+
+def draw_models(axes: Any, runs: Sequence[dict[str, Any]]) -> None:
+    """What the labels make of a model: a point for each label and noise."""
+    for arm in ARMS:
+        found = [
+            100 * grid(runs, arm, value, TRAINED_NOISE).reshape(len(SEEDS), -1) for value in ("right", "exact_match")
+        ]
+        cells = {(x.mean(), *interval(y)) for x, y in zip(*(value.T for value in found), strict=True)}
+        x, y, half = zip(*sorted(cells), strict=True)
+        axes.errorbar(x, y, half, fmt="o", ms=5, lw=1, color=COLOURS[arm], label=arm)
+    base = base_points(runs).mean()
+    axes.axhline(base, color="gray", lw=1, ls=":")
+    axes.text(100, base + 1, "base", color="gray", ha="right")
+    axes.set(
+        xlabel="pairs labelled right, %",
+        ylabel="exact match after DPO, %",
+        title="A model is worth what its labels are",
+    )
+    axes.legend(loc="upper left")
+
+
+def draw_map(axes: Any, difference: Grid, estimates: Sequence[dict[str, Any]], files: Sequence[Path]) -> None:
+    """The exact match by ratings minus that by repaired scores, where the labels hold so much truth."""
+    x, y, mean = (
+        share_grid(estimates, "rating").mean(0),
+        share_grid(estimates, "score").mean(0),
+        100 * difference.mean(0),
+    )
     top = abs(mean).max()
     for sample in resampled(difference, 200):
         if sample.min() < 0 < sample.max():
-            right.contour(x, y, sample, levels=[0], colors="#666666", alpha=0.03, linewidths=2)
-    right.contour(x, y, mean, levels=[0], colors="black", linewidths=2)
-    right.scatter(x, y, c=mean, cmap="BrBG", vmin=-top, vmax=top, s=430, edgecolors="gray", linewidths=0.8)
-    for i, j in np.ndindex(*mean.shape):
-        right.text(x[i, j], y[i, j], f"{mean[i, j]:+.0f}", ha="center", va="center", fontsize=8.5,
-                   color="white" if abs(mean[i, j]) > 0.6 * top else "black")  # fmt: skip
-    right.plot([0, 1], [0, 1], color="#d1495b", ls="--", lw=1.3)
-    right.plot([], [], color="black", lw=2, label="models: equal (gray: bootstrap)")
-    right.plot([], [], color="#d1495b", ls="--", lw=1.3, label="equal shares of truth")
+            axes.contour(x, y, sample, levels=[0], colors="gray", alpha=0.04, linewidths=2)
+    axes.contour(x, y, mean, levels=[0], colors="black", linewidths=2)
+    axes.plot([0, 1], [0, 1], color="#d1495b", ls="--", lw=1.3)
+    axes.scatter(x, y, c=mean, cmap="BrBG", vmin=-top, vmax=top, s=420, edgecolors="gray", linewidths=0.8, zorder=3)
+    for index in np.ndindex(*mean.shape):
+        colour = "white" if abs(mean[index]) > 0.6 * top else "black"
+        where = {"ha": "center", "va": "center", "fontsize": 8.5, "zorder": 4}
+        axes.text(x[index], y[index], f"{mean[index]:+.0f}", color=colour, **where)
+    axes.plot([], [], color="black", lw=2, label="models equal (gray: bootstrap)")
+    axes.plot([], [], color="#d1495b", ls="--", lw=1.3, label="equal shares of truth")
     for path in files:
         found = labels_of([path])
-        right.plot(found.share(LABELS[0]), found.share(LABELS[2]), "k*", ms=14, label=path.name)
-    root, ticks = (np.sqrt, np.square), [0.02, 0.1, 0.25, 0.5, 0.75, 1]
-    right.set_xscale("function", functions=root)
-    right.set_yscale("function", functions=root)
-    right.set(xlim=(0.005, 1), ylim=(0.005, 1), xticks=ticks, yticks=ticks, xlabel="share of truth in the mean rating",
-              ylabel="share of truth in the repaired score", title="Exact match: ratings minus repaired scores, points")  # fmt: skip
-    right.set_xticklabels(map(str, ticks))
-    right.set_yticklabels(map(str, ticks))
-    right.legend(loc="upper left", fontsize=8.5)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=95)
-    pyplot.close(figure)
+        axes.plot(found.share(LABELS[0]), found.share(LABELS[2]), "k*", ms=14, label=path.name, zorder=5)
+    ticks = [0.02, 0.1, 0.25, 0.5, 0.75, 1]
+    axes.set_xscale("function", functions=(np.sqrt, np.square))
+    axes.set_yscale("function", functions=(np.sqrt, np.square))
+    axes.set(xlim=(0.005, 1), ylim=(0.005, 1), xlabel="share of truth in the mean rating", xticks=ticks, yticks=ticks)
+    axes.set(ylabel="share of truth in the repaired score", title="Exact match, ratings minus repaired scores, points")
+    axes.set_xticklabels(map(str, ticks))
+    axes.set_yticklabels(map(str, ticks))
+    axes.legend(loc="upper left", fontsize=9)
 
 
 def main() -> None:
