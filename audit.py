@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from binarize import (
-    PARQUET,
+    ASKED_FOR,
     RULES,
     Completion,
     Drop,
+    Record,
     check_paths,
     choose,
     choose_by_overall_score,
@@ -42,6 +43,7 @@ from binarize import (
     prompt_id_of,
     read_json,
     read_values,
+    repair,
     rows_of_the_rules,
     show,
 )
@@ -60,7 +62,7 @@ RAW_REASONS = {
     "tie for the best": "several answers have the best mean rating, and the first of them is chosen",
     "N/A rating": "an aspect of an answer has the rating N/A",
     "unrated answer": "an answer has no rating at all",
-} | {f"no pair: {drop}": f"binarize.py drops the record: {drop}" for drop in Drop if drop != Drop.MARKED}
+} | {f"no pair: {drop}": f"binarize.py drops the record: {drop}" for drop in Drop if drop not in ASKED_FOR}
 PAIR_REASONS = {"not preferred": "the score of the chosen answer is not above the score of the rejected one"}
 TEXT_REASONS = {
     "empty answer": "an answer holds nothing but white space",
@@ -129,10 +131,10 @@ class Entry(NamedTuple):
 
 
 def holds_pairs(path: Path) -> bool:
-    """Whether a file holds pairs, by its first row. Parquet and CSV are left to notus/rows.py."""
+    """Whether a file holds pairs, by its first row. CSV is left to notus/rows.py."""
+    if path.suffix == ".csv":
+        return True
     with open(path, "rb") as packed:
-        if packed.peek(4).startswith(PARQUET) or path.suffix == ".csv":
-            return True
         _, first = next(read_values(packed, path))
     return (
         isinstance(first, dict)
@@ -402,6 +404,177 @@ class Benchmarks:
         ]
 
 
+# ---- what the labels are worth --------------------------------------------------------------------------------------
+
+JACKKNIFE = 20  # groups; an interval is +- 2.09 standard errors, Student's t at 19 degrees of freedom
+LABELS = ("mean rating", "overall_score", "overall_score, repaired")
+CAVEAT = (
+    "share of truth: 0 is noise, 1 the truth; noise / truth: standard deviations. Both assume that the aspects err",
+    "independently. What they have in common counts as truth, and an error that they share favours the ratings.",
+)
+
+
+class Labels:
+    """How the mean rating and overall_score agree, and how much truth each holds if they err independently.
+
+    One factor: within a record, each of an answer's k ratings is its truth plus an error, and its score is a multiple
+    of the truth plus an error. All errors are independent of each other and of the truth. Then two aspects covary by
+    the variance of the truth, and the share of truth in a label (its squared correlation with it) is
+
+        mean rating       var(truth) / var(mean rating)   Cronbach's alpha (Psychometrika 16, 1951)
+        overall_score     r^2 / alpha                     Spearman's correction for attenuation (1904)
+
+    where r is the correlation of the two, and all values are deviations from their mean over a record's answers. Errors
+    that aspects share pass for truth, so the ratings look better than they are, and the score worse. What one aspect
+    alone measures passes for an error, which has the reverse effect.
+
+    The repair reads the ratings, so a repaired score shares their errors, and r would be too high. Each two aspects are
+    therefore compared with the score as repaired by the other ones alone.
+    """
+
+    def __init__(self) -> None:
+        # label -> group -> the terms of `sums_of_squares`
+        self.sums = {label: [[0.0] * 4 for _ in range(JACKKNIFE)] for label in LABELS[1:]}
+        self.counts: Counter[str] = Counter()
+        self.correlations: dict[str, list[float]] = {label: [] for label in LABELS[1:]}
+
+    def add(self, answers: list[Answer]) -> None:
+        group = self.counts["records"] % JACKKNIFE
+        self.counts["records"] += 1
+        self.count_ties(LABELS[0], [answer.rating for answer in answers])
+        for label in LABELS[1:]:
+            judged = [answer for one in answers for answer in (mended(one) if label == LABELS[2] else [one])]
+            self.count_ties(label, [answer.overall_score for answer in judged])
+            both = [(a.rating, a.overall_score) for a in judged if a.rating is not None and a.overall_score is not None]
+            if len(both) > 1:
+                correlation = pearson(*(ranks(list(values)) for values in zip(*both, strict=True)))
+                self.correlations[label] += [] if correlation is None else [correlation]
+        complete = [(ratings, a.overall_score) for a in answers if (ratings := all_ratings(a))]
+        scored = [(ratings, score) for ratings, score in complete if score is not None]
+        if len(scored) < 2 or len({len(ratings) for ratings, _ in scored}) > 1:
+            return
+        for label, terms in zip(LABELS[1:], (sums_of_squares(scored), repaired_sums(scored)), strict=True):
+            sums = self.sums[label][group]
+            self.sums[label][group] = [a + b for a, b in zip(sums, terms, strict=True)]
+
+    def count_ties(self, label: str, values: list[float | None]) -> None:
+        known = [value for value in values if value is not None]
+        self.counts[f"tied {label}"] += sum(a == b for a, b in combinations(known, 2))
+        self.counts[f"pairs {label}"] += len(known) * (len(known) - 1) // 2
+
+    def share(self, label: str, without: int = -1) -> float | None:
+        """The share of truth, without one group of records. None if the aspects do not covary."""
+        of = LABELS[1] if label == LABELS[0] else label
+        groups = [sums for n, sums in enumerate(self.sums[of]) if n != without]
+        truth, mean, score, product = (sum(column) for column in zip(*groups, strict=True))
+        if truth <= 0 or score <= 0:
+            return None
+        return truth / mean if label == LABELS[0] else min(product**2 / (truth * score), 1.0)
+
+    def interval(self, plus: str, minus: str | None = None) -> tuple[float, float, float] | None:
+        """A share, or the difference of two, and its 95 % interval by the delete-a-group jackknife."""
+        found = []
+        for group in (-1, *range(JACKKNIFE)):
+            a, b = self.share(plus, group), 0.0 if minus is None else self.share(minus, group)
+            if a is None or b is None:
+                return None
+            found.append(a - b)
+        value, *others = found
+        centre = sum(others) / JACKKNIFE
+        error = ((JACKKNIFE - 1) / JACKKNIFE * sum((other - centre) ** 2 for other in others)) ** 0.5
+        return value, value - 2.09 * error, value + 2.09 * error
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        header = ["label", "share of truth", "95 % interval", "noise / truth", "tied pairs", "rank correlation"]
+        rows = []
+        for label in LABELS:
+            found = self.interval(label)
+            value, low, high = found or (0.0, 0.0, 0.0)
+            noise = f"{max(1 / value - 1, 0) ** 0.5:.2f}" if value else "-"
+            cells = [f"{value:.2f}", f"{max(low, 0):.2f} to {min(high, 1):.2f}", noise] if found else ["-", "-", "-"]
+            known = self.correlations.get(label)
+            ties = share(self.counts[f"tied {label}"], self.counts[f"pairs {label}"])
+            rows.append([label, *cells, ties, mean(sum(known), len(known), 2) if known else "-"])
+        return header, rows
+
+    def verdict(self) -> list[str]:
+        """What follows from the table, in a sentence, and its condition."""
+        if (found := self.interval(LABELS[0], LABELS[2])) is None:
+            return []
+        value, low, high = found
+        more = "more" if value > 0 else "less"
+        figures = f"{value:+.2f} ({low:+.2f} to {high:+.2f})"
+        certain = "" if low > 0 or high < 0 else "; the interval holds 0, so this may be chance"
+        return [f"the mean rating holds {more} truth than the repaired score: {figures}{certain}", *CAVEAT]
+
+
+def labels_of(paths: Sequence[Path]) -> Labels:
+    """Those of raw files, without an audit."""
+    labels = Labels()
+    for path in paths:
+        for entry in read_entries(path):
+            labels.add(entry.answers)
+    return labels
+
+
+def mended(answer: Answer) -> list[Answer]:
+    """The answer as `binarize.py --repair` leaves it, or none."""
+    if answer.overall_score != 10:
+        return [answer]
+    record, _ = repair(Record("", "", [Completion(*answer[:4])]))
+    return [answer._replace(overall_score=completion.overall_score) for completion in record.completions]
+
+
+def all_ratings(answer: Answer) -> list[float]:
+    """The ratings of at least two aspects, or nothing if one is missing."""
+    ratings = [rating for rating, _ in answer.aspects.values()]
+    return [float(rating) for rating in ratings] if len(ratings) > 1 and not {"", "N/A"} & set(ratings) else []
+
+
+Judged = list[tuple[list[float], float]]  # (k ratings, score) of each answer of a record
+Sums = tuple[float, float, float, float]
+
+
+def sums_of_squares(judged: Judged) -> Sums:
+    """Mean SP of two aspects, SS of the mean rating, SS of the score, SP of mean rating and score; SP: the sum of
+    products of deviations, SS: of squares."""
+    k = len(judged[0][0])
+    aspects = [deviations(column) for column in zip(*(ratings for ratings, _ in judged), strict=True)]
+    means, scores = deviations([sum(ratings) / k for ratings, _ in judged]), deviations([score for _, score in judged])
+    of_mean, of_score = (sum(d * d for d in each) for each in (means, scores))
+    of_aspects = sum(d * d for aspect in aspects for d in aspect)
+    product = sum(a * b for a, b in zip(means, scores, strict=True))
+    return (k * k * of_mean - of_aspects) / (k * (k - 1)), of_mean, of_score, product
+
+
+def repaired_sums(judged: Judged) -> Sums:
+    """The same after a repair: the mean over all two aspects, each with the scores that the other aspects repair."""
+    k = len(judged[0][0])
+    if k < 3 or all(score != 10 for _, score in judged):
+        return sums_of_squares(judged) if k > 2 else (0.0, 0.0, 0.0, 0.0)
+    terms = []
+    for two in combinations(range(k), 2):
+        kept = []
+        for ratings, score in judged:
+            others = [rating for i, rating in enumerate(ratings) if i not in two]
+            mended_, _ = repair(Record("", "", [Completion("", "", sum(others) / len(others), score)]))
+            kept += [([ratings[i] for i in two], one.overall_score or 0.0) for one in mended_.completions]
+        terms.append(sums_of_squares(kept) if len(kept) > 1 else (0.0, 0.0, 0.0, 0.0))
+    a, b, c, d = (sum(column) / len(terms) for column in zip(*terms, strict=True))
+    return a, b, c, d
+
+
+def deviations(values: Sequence[float]) -> list[float]:
+    centre = sum(values) / len(values)
+    return [value - centre for value in values]
+
+
+def pearson(a: list[float], b: list[float]) -> float | None:
+    da, db = deviations(a), deviations(b)
+    scale = (sum(x * x for x in da) * sum(x * x for x in db)) ** 0.5
+    return sum(x * y for x, y in zip(da, db, strict=True)) / scale if scale else None
+
+
 # ---- the audit ------------------------------------------------------------------------------------------------------
 
 COLUMNS = [
@@ -418,6 +591,7 @@ class Audit:
         self.counts: Counter[str] = Counter()
         self.sources: dict[str, Counter[str]] = defaultdict(Counter)
         self.models: dict[str, Counter[str]] = defaultdict(Counter)
+        self.labels = Labels() if "rules differ" in reasons else None  # of raw records only
         self.rows: list[list[Any]] = []  # by COLUMNS
         self.findings: list[list[tuple[str, str]]] = []  # of each row
         self.prompts: dict[bytes, list[int]] = defaultdict(list)  # digest of a prompt -> its rows
@@ -433,6 +607,8 @@ class Audit:
         source = self.sources[entry.source]
         source += entry.counts
         source["records"] += 1
+        if self.labels:
+            self.labels.add(entry.answers)
         for i, answer in enumerate(entry.answers):
             model = self.models[answer.model]
             model.update(answers=1, chars=len(answer.response), chosen=i == entry.chosen, rejected=i == entry.rejected)
@@ -482,7 +658,7 @@ class Audit:
             row[COLUMNS.index("reasons")] = "; ".join(found)
 
     def tables(self) -> list[tuple[list[str], list[list[str]]]]:
-        """(header, rows): by source, then by model, largest first."""
+        """(header, rows): by source, then by model, largest first; of raw records, by label."""
         by_source = [
             [
                 printable(name) or "(no source)", f"{c['records']:,}", f"{c['pairs']:,}",
@@ -500,9 +676,11 @@ class Audit:
             for name, c in sorted(self.models.items(), key=lambda item: -item[1]["answers"])
         ]  # fmt: skip
         scores, lengths = ["mean rating", "overall_score"], ["chosen longer", "chosen chars", "rejected chars"]
+        by_label = [self.labels.table()] if self.labels else []
         return [
             (["source", "records", "pairs", *lengths, "rules differ", *scores], by_source),
             (["model", "answers", *scores, "chosen", "rejected", "mean chars"], by_model),
+            *by_label,
         ]
 
     def counted(self) -> list[tuple[str, int, int]]:
@@ -653,6 +831,8 @@ def table(audit: Audit, most: int = 20) -> str:
         padded[0] = [cell.ljust(widths[0]) for cell in columns[0]]
         lines = ["  ".join(cells) for cells in zip(*padded, strict=True)]
         parts.append("\n".join(lines + ([f"... and {len(rows) - most} more"] if len(rows) > most else [])))
+    if audit.labels:
+        parts[-1] = "\n".join([parts[-1], *audit.labels.verdict()])
     return "\n\n".join(parts)
 
 

@@ -5,9 +5,11 @@
     {"chosen": [user, assistant], "rejected": [user, assistant], "score_chosen": 5.0, "score_rejected": 3.25, ...}
 
 A pair holds two complete conversations and no `prompt` column. TRL, open-instruct, RewardBench and train.py all read
-this form. A pair depends only on its record and the seed, so the raw files may be split, shuffled or compressed and the
-output stays the same, byte for byte. JSON lines are read one at a time. An array is read into memory at once, and the
-pairs stay in memory until they are written.
+this form. A pair depends only on its record and the options, so the raw files may be split, shuffled or compressed and
+the output stays the same, byte for byte. JSON lines and parquet are streamed. An array is read into memory at once, and
+the pairs stay in memory until they are written.
+
+With --scores KEY a record is a prompt whose answers were scored by anything: {"prompt", "answers": [...], KEY: [...]}.
 """
 
 import argparse
@@ -18,11 +20,10 @@ import io
 import json
 import os
 import re
-import shlex
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from itertools import islice
@@ -37,7 +38,7 @@ T = TypeVar("T")
 class Completion(NamedTuple):
     model: str
     response: str
-    rating: float | None  # mean over the rated aspects, 1..5
+    rating: float | None  # mean over the rated aspects, 1..5; with --scores, the score
     overall_score: float | None  # the critique's score, 1..10
 
 
@@ -56,16 +57,23 @@ class Drop(StrEnum):
     TIED = "all tied"
     EMPTY_ANSWER = "empty answer"
     SAME_ANSWER = "chosen = rejected"
+    MARGIN = "margin too small"  # --min-margin
+    SOURCE = "source left out"  # --drop-source
     MARKED = "marked drop"  # by a person: --curation
+
+
+ASKED_FOR = (Drop.MARGIN, Drop.SOURCE, Drop.MARKED)  # only an option leads to these
 
 
 # ---- the rules: which completion is chosen, and from which ones the rejected one is drawn ---------------------------
 
 Choice = tuple[Completion, list[Completion]]  # the chosen one; the candidates for the rejected one
+Pick = tuple[Completion, Completion]  # chosen, rejected
 
 
-def mean_rating(completion: dict[str, Any]) -> float | None:
+def mean_rating(completion: dict[str, Any], weights: Mapping[str, float] | None = None) -> float | None:
     """Mean of a raw completion's aspect ratings. "N/A" and missing ratings are left out; None if no rating is left.
+    An aspect that `weights` does not name weighs 1.
 
     This is UltraFeedback's `calculate_average_rating` and its later field `fine-grained_score`. An aspect is an object.
     In the authors' intermediate files it is a list of one object.
@@ -75,7 +83,7 @@ def mean_rating(completion: dict[str, Any]) -> float | None:
         return None
     if not isinstance(annotations, dict):
         raise ValueError(f'"annotations" is {show(annotations)}, expected an object')
-    ratings = []
+    ratings, total = [], 0.0
     for aspect, note in annotations.items():
         if isinstance(note, list) and len(note) < 2:
             note = note[0] if note else None
@@ -84,8 +92,11 @@ def mean_rating(completion: dict[str, Any]) -> float | None:
         if not isinstance(note, dict):
             raise ValueError(f'annotation "{aspect}" is {show(note)}, expected an object with a "Rating"')
         rating = number(note.get("Rating"), f"{aspect} rating", 1, 5)
-        ratings += [] if rating is None else [rating]
-    return sum(ratings) / len(ratings) if ratings else None
+        if rating is not None:
+            weight = weights.get(aspect, 1) if weights else 1
+            ratings.append(weight * rating)
+            total += weight
+    return sum(ratings) / total if total else None
 
 
 def choose_by_ratings(completions: list[Completion]) -> Choice | Drop:
@@ -126,6 +137,34 @@ RULES: dict[str, tuple[Rule, str]] = {  # --by -> the rule, and the field of Com
     "ratings": (choose_by_ratings, "rating"),
     "overall-score": (choose_by_overall_score, "overall_score"),
 }
+Candidates = list[tuple[float, Completion]]  # (score, completion), in the record's order
+REJECTED: dict[str, Callable[[Candidates, int], Candidates]] = {  # --rejected -> which candidates, given a draw
+    "random": lambda candidates, drawn: [candidates[drawn % len(candidates)]],
+    "lowest": lambda candidates, _: [min(candidates, key=lambda pair: pair[0])],  # the first of equals
+    "all": lambda candidates, _: candidates,  # a pair for each
+}
+IN_DOUBT = ("drop", "keep")  # --repair: what becomes of a 10 that only a judge could check
+
+
+def repair(record: Record, in_doubt: str = "drop") -> tuple[Record, Counter[str]]:
+    """UltraFeedback's fix of 2023-12-29 (fix_overall_score_issue.py), without its judge, and what it did.
+
+    Of the completions with overall_score 10, those with a mean rating of at most 2 get their 1 back, and those above 4
+    stay. Between the two the authors asked GPT-4 again. Here such a completion, or one without ratings, is in doubt.
+    """
+    counts: Counter[str] = Counter()
+    completions = []
+    for completion in record.completions:
+        if completion.overall_score == 10 and (completion.rating is None or completion.rating <= 4):
+            if completion.rating is not None and completion.rating <= 2:
+                completion = completion._replace(overall_score=1.0)
+                counts["repaired"] += 1
+            else:
+                counts["in doubt"] += 1
+                if in_doubt == "drop":
+                    continue
+        completions.append(completion)
+    return record._replace(completions=completions), counts
 
 
 def draw(seed: int, purpose: str, prompt_id: str) -> int:
@@ -137,22 +176,37 @@ def prompt_id_of(instruction: str) -> str:
     return hashlib.sha256(instruction.encode()).hexdigest()
 
 
-def choose(record: Record, by: str = "ratings", seed: int = 42) -> tuple[Completion, Completion] | Drop:
-    """The chosen and the rejected completion of a record, or the reason why it makes no pair."""
-    if by not in RULES:
-        raise ValueError(f"by is {by!r}, expected one of {', '.join(RULES)}")
+def choose_all(
+    record: Record, by: str = "ratings", seed: int = 42, rejected: str = "random", min_margin: float = 0.0
+) -> list[Pick | Drop]:
+    """What `rejected` draws of a record: each a chosen and a rejected completion, or why they make no pair."""
+    if by not in RULES or rejected not in REJECTED:
+        name, value, known = ("rejected", rejected, REJECTED) if by in RULES else ("by", by, RULES)
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known)}")
     if len(record.completions) < 2:
-        return Drop.ONE_COMPLETION if record.completions else Drop.NO_COMPLETIONS
-    choice = RULES[by][0](record.completions)
+        return [Drop.ONE_COMPLETION if record.completions else Drop.NO_COMPLETIONS]
+    rule, score = RULES[by]
+    choice = rule(record.completions)
     if isinstance(choice, Drop):
-        return choice
-    chosen, candidates = choice
-    rejected = candidates[draw(seed, "rejected", prompt_id_of(record.instruction)) % len(candidates)]
+        return [choice]
+    chosen, others = choice
+    best = getattr(chosen, score)
+    candidates = [(getattr(other, score), other) for other in others if best - getattr(other, score) >= min_margin]
+    if not candidates:
+        return [Drop.MARGIN]
+    drawn = REJECTED[rejected](candidates, draw(seed, "rejected", prompt_id_of(record.instruction)))
+    return [check_pair(chosen, other) for _, other in drawn]
+
+
+def check_pair(chosen: Completion, rejected: Completion) -> Pick | Drop:
     if not chosen.response.strip() or not rejected.response.strip():
         return Drop.EMPTY_ANSWER
-    if chosen.response == rejected.response:
-        return Drop.SAME_ANSWER
-    return chosen, rejected
+    return Drop.SAME_ANSWER if chosen.response == rejected.response else (chosen, rejected)
+
+
+def choose(record: Record, by: str = "ratings", seed: int = 42) -> Pick | Drop:
+    """The chosen and the rejected completion of a record, or the reason why it makes no pair."""
+    return choose_all(record, by, seed)[0]
 
 
 def binarize(
@@ -201,6 +255,7 @@ def split(pairs: list[tuple[str, bytes]], test_size: int, seed: int) -> tuple[li
 # ---- records: every error names FILE:LINE, or FILE:INDEX in a JSON array --------------------------------------------
 
 NUMBER = re.compile(r"(0|[1-9][0-9]*)(\.[0-9]+)?")
+FINITE = 10**300  # a score of another judge has any scale, but it is a number
 
 
 def show(value: Any) -> str:
@@ -223,7 +278,8 @@ def number(value: Any, name: str, lowest: int, highest: int) -> float | None:
         result = float(digits) if NUMBER.fullmatch(digits) else None
     if isinstance(result, int | float) and not isinstance(result, bool) and lowest <= result <= highest:
         return float(result)
-    raise ValueError(f'{name} is {show(value)}, expected a number from {lowest} to {highest}, or "N/A"')
+    bounds = "" if highest == FINITE else f" from {lowest} to {highest}"
+    raise ValueError(f'{name} is {show(value)}, expected a number{bounds}, or "N/A"')
 
 
 def field(mapping: Any, name: str, kind: type[T]) -> T:
@@ -237,19 +293,55 @@ def field(mapping: Any, name: str, kind: type[T]) -> T:
     return mapping[name]
 
 
-def parse_record(raw: Any) -> Record:
+def parse_record(raw: Any, weights: Mapping[str, float] | None = None) -> Record:
     """Check a raw record of UltraFeedback and keep what the rules read."""
-    if isinstance(raw, dict) and (pair := [key for key in raw if key.startswith(("chosen", "rejected"))]):
-        raise ValueError(f"already binarized (it has {', '.join(pair)}), expected a raw record; train on it as it is")
+    refuse_pairs(raw)
+    if isinstance(raw, dict) and "completions" not in raw and any(isinstance(raw.get(name), list) for name in ANSWERS):
+        raise ValueError(f"holds scored answers, expected a raw record; say --scores KEY (its keys: {', '.join(raw)})")
     completions = []
     for position, completion in enumerate(field(raw, "completions", list), start=1):
         try:
             model, response = field(completion, "model", str), field(completion, "response", str)
             overall_score = number(completion.get("overall_score"), "overall_score", 0, 10)
-            completions.append(Completion(model, response, mean_rating(completion), overall_score))
+            completions.append(Completion(model, response, mean_rating(completion, weights), overall_score))
         except ValueError as error:
             raise ValueError(f"completion {position}: {error}") from None
     return Record(field(raw, "instruction", str), field(raw, "source", str), completions)
+
+
+PROMPTS, ANSWERS = ("prompt", "instruction"), ("answers", "generations")
+MODELS = ("models", "generation_models", "model_names")
+
+
+def parse_scored(raw: Any, key: str) -> Record:
+    """A prompt whose answers were scored: {"prompt", "answers": [...], KEY: [...]}, or distilabel's "instruction" and
+    "generations". An answer without a score (null) is never chosen or rejected. "source" and the models' names may be
+    absent."""
+    refuse_pairs(raw)
+    instruction = field(raw, first_of(raw, PROMPTS), str)
+    answers, scores = field(raw, first_of(raw, ANSWERS), list), field(raw, key, list)
+    name = next((name for name in MODELS if raw.get(name) is not None), None)
+    models = [""] * len(answers) if name is None else field(raw, name, list)
+    for what, values in ((key, scores), (name, models)):
+        if len(values) != len(answers):
+            raise ValueError(f'"{what}" has {len(values)} values for {len(answers)} answers')
+    completions = []
+    for position, (model, answer, score) in enumerate(zip(models, answers, scores, strict=True), start=1):
+        if not isinstance(answer, str) or not isinstance(model, str):
+            raise ValueError(f"answer {position}: {show(answer)} by {show(model)}, expected two strings")
+        rating = number(score, f'answer {position}: the score of "{key}"', -FINITE, FINITE)
+        completions.append(Completion(model, answer, rating, None))
+    return Record(instruction, field({"source": ""} | raw, "source", str), completions)
+
+
+def first_of(raw: Any, names: Sequence[str]) -> str:
+    """The first name that the record has, or else the one that an error should ask for."""
+    return next((name for name in names if isinstance(raw, dict) and name in raw), names[0])
+
+
+def refuse_pairs(raw: Any) -> None:
+    if isinstance(raw, dict) and (pair := [key for key in raw if key.startswith(("chosen", "rejected"))]):
+        raise ValueError(f"already binarized (it has {', '.join(pair)}), expected a raw record; train on it as it is")
 
 
 # ---- files: the content decides what a file is, never the name ------------------------------------------------------
@@ -258,14 +350,12 @@ Binary = io.BufferedReader | gzip.GzipFile
 BAD_TEXT = (ValueError, RecursionError)  # not JSON or not UTF-8
 BAD_FILE = (EOFError, OSError, zlib.error)  # gzip data that is cut off or damaged, or a disk that fails
 GZIP, PARQUET, GIT_LFS = b"\x1f\x8b", b"PAR1", b"version https://git-lfs"
-FROM_PARQUET = 'import sys, pandas; pandas.read_parquet(sys.argv[1]).to_json(sys.argv[2], orient="records", lines=True)'
 
 
 def refuse_other_formats(head: bytes, path: Path) -> None:
     """Raise a ValueError that names the format, if `head` begins a file of a known format other than UTF-8 JSON."""
     if head.startswith(PARQUET):
-        command = shlex.join(["python", "-c", FROM_PARQUET, str(path), str(path.with_suffix(".jsonl"))])
-        raise ValueError(f"{path}: is a parquet file, expected JSON; convert it with pandas and pyarrow: {command}")
+        raise ValueError(f"{path}: is a gzipped parquet file; unpack it with gunzip")
     if head.startswith(GIT_LFS):
         raise ValueError(f"{path}: is a git-lfs pointer, expected the data; in its repository, run: git lfs pull")
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 0 < head[:4].count(0) < 4:
@@ -345,12 +435,35 @@ def first_bad_element(text: str) -> tuple[int, str]:
     return index, text[start : start + 60]
 
 
-def read_values(packed: io.BufferedReader, path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of JSON lines, or (index, value) of a JSON array, both counted from 1.
+def read_parquet(packed: io.BufferedReader, path: Path) -> Iterator[tuple[int, Any]]:
+    """(row, value) from 1, of which some hundred are in memory at a time."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"{path}: is a parquet file, which needs pyarrow: pip install pyarrow") from None
+    size, number = path.stat().st_size, 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(256):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield number, value
+                packed.seek(size * number // file.metadata.num_rows)  # read_json shows it as progress
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise refusal(f"{path}:{number + 1}", OSError("as parquet: " + " ".join(str(error).split()))) from None
+    if not number:
+        raise ValueError(f"{path}: has no record, its columns are {', '.join(file.schema_arrow.names)}")
 
-    `packed` is the open file and `path` its name in errors. The first two bytes identify gzip, and the first character
-    identifies an array. A UTF-8 byte order mark is skipped.
+
+def read_values(packed: io.BufferedReader, path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of JSON lines, (index, value) of a JSON array, or (row, value) of parquet, all from 1.
+
+    `packed` is the open file and `path` its name in errors. The first bytes identify gzip and parquet, and the first
+    character identifies an array. A UTF-8 byte order mark is skipped.
     """
+    if packed.peek(4).startswith(PARQUET):
+        yield from read_parquet(packed, path)
+        return
     file = gzip.GzipFile(fileobj=packed) if packed.peek(2).startswith(GZIP) else packed
     try:
         head = file.read(64)
@@ -382,13 +495,36 @@ def read_json(paths: Sequence[Path]) -> Iterator[tuple[str, Any]]:
                     done = packed.tell()
 
 
-def read_records(paths: Sequence[Path]) -> Iterator[tuple[str, Record]]:
+class Named:
+    """What an option names, such as the sources to drop. What no record has is a typing error, and refused."""
+
+    def __init__(self, option: str, names: Sequence[str]):
+        self.option, self.unseen, self.seen = option, set(names), set[str]()
+
+    def see(self, names: Iterable[str]) -> None:
+        if self.unseen:
+            self.unseen.difference_update(names)
+            self.seen.update(names)
+
+    def refuse_unseen(self) -> None:
+        if self.unseen:
+            known = ", ".join(sorted(self.seen)[:20]) or "none"
+            raise ValueError(f"{self.option} names {show(min(self.unseen))}, which no record has; they have: {known}")
+
+
+def read_records(
+    paths: Sequence[Path], weights: Mapping[str, float] | None = None, scores: str | None = None
+) -> Iterator[tuple[str, Record]]:
+    aspects = Named("--weights", list(weights or ()))
     for where, value in read_json(paths):
         try:
-            record = parse_record(value)
+            record = parse_scored(value, scores) if scores else parse_record(value, weights)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        for completion in value["completions"] if weights else ():
+            aspects.see(completion.get("annotations") or {})
         yield where, record
+    aspects.refuse_unseen()
 
 
 def refuse_folder(path: Path) -> None:
@@ -499,9 +635,7 @@ class Marks:
             if first.where != where:
                 raise ValueError(f"{where}: marks the same pair as {first.where}; keep one of the two")
 
-    def apply(
-        self, record: Record, choice: tuple[Completion, Completion] | Drop
-    ) -> tuple[str, tuple[Completion, Completion] | Drop]:
+    def apply(self, record: Record, choice: Pick | Drop) -> tuple[str, Pick | Drop]:
         """(mark or "", the choice after it). A mark that names a pair comes before one that names the prompt only."""
         prompt_id = prompt_id_of(record.instruction)
         pair = "" if isinstance(choice, Drop) else pair_id(prompt_id, *(answer.response for answer in choice))
@@ -545,12 +679,41 @@ def compare_rules(record: Record, counts: Counter[str]) -> None:
             counts["differ"] += by_ratings[0].response != by_score[0].response
 
 
+class Options(NamedTuple):
+    """How pairs are made, by the names of the command line."""
+
+    by: str = "ratings"
+    seed: int = 42
+    system_prompt: str | None = None
+    rejected: str = "random"
+    min_margin: float = 0.0
+    repair: str | None = None  # one of IN_DOUBT
+    weights: Mapping[str, float] | None = None
+    drop_source: Sequence[str] = ()
+    scores: str | None = None
+
+    def check(self) -> None:
+        """ValueError for what no record could mend."""
+        if self.repair is not None and self.repair not in IN_DOUBT:
+            raise ValueError(f"--repair is {self.repair!r}, expected one of {', '.join(IN_DOUBT)}")
+        if self.repair and self.by != "overall-score":
+            raise ValueError("--repair mends overall_score, which only --by overall-score compares")
+        if self.weights and (self.by != "ratings" or self.scores):
+            raise ValueError("--weights weighs the aspects' ratings, which only --by ratings compares")
+        if self.scores and self.by != "ratings":
+            raise ValueError(f"--scores names what is compared; leave out --by {self.by}")
+        if not 0 <= self.min_margin <= FINITE:
+            raise ValueError(f"--min-margin is {self.min_margin}, expected 0 or more")
+        for aspect, weight in (self.weights or {}).items():
+            if not 0 <= weight <= FINITE:
+                raise ValueError(f"--weights: {aspect} weighs {weight}, expected 0 or more")
+
+
+DEFAULTS = Options()
+
+
 def read_pairs(
-    paths: Sequence[Path],
-    by: str = "ratings",
-    seed: int = 42,
-    system_prompt: str | None = None,
-    marks: Marks | None = None,
+    paths: Sequence[Path], options: Options = DEFAULTS, marks: Marks | None = None
 ) -> tuple[list[tuple[str, bytes]], Counter[str]]:
     """All pairs as sorted (prompt_id, line), and the counts of `table`.
 
@@ -558,21 +721,19 @@ def read_pairs(
     """
     pairs: list[tuple[str, bytes]] = []
     counts: Counter[str] = Counter()
-    for where, record in read_records(paths):
+    sources = Named("--drop-source", options.drop_source)
+    for where, record in read_records(paths, options.weights, options.scores):
+        counts["records"] += 1
+        sources.see([record.source])
+        if record.source in options.drop_source:
+            counts[Drop.SOURCE] += 1
+            continue
         try:
-            choice = choose(record, by, seed)
-            if marks:
-                mark, choice = marks.apply(record, choice)
-                counts[f"mark {mark}"] += 1
-            if isinstance(choice, Drop):
-                counts[choice] += 1
-            else:
-                pair = make_pair(record, *choice, by, system_prompt)
-                pairs.append((pair["prompt_id"], (json.dumps(pair, ensure_ascii=False) + "\n").encode()))
+            made = pairs_of(record, options, marks, counts)
         except ValueError as error:
             raise located(where, error) from None
-        compare_rules(record, counts)
-        counts["records"] += 1
+        pairs += made
+    sources.refuse_unseen()
     if marks:
         marks.refuse_unused()
     if not pairs:
@@ -581,6 +742,29 @@ def read_pairs(
     counts["pairs"] = len(pairs)
     counts["repeats"] = len(pairs) - len({prompt_id for prompt_id, _ in pairs})
     return sorted(pairs), counts
+
+
+def pairs_of(record: Record, options: Options, marks: Marks | None, counts: Counter[str]) -> list[tuple[str, bytes]]:
+    """The (prompt_id, line) of each pair of a record. `counts` gets what happened to it."""
+    compare_rules(record, counts)
+    if options.repair:
+        record, done = repair(record, options.repair)
+        after = Counter[str]()
+        compare_rules(record, after)
+        counts.update(done)
+        counts.update({f"{name} repaired": after[name] for name in ("compared", "differ")})
+    found = choose_all(record, options.by, options.seed, options.rejected, options.min_margin)
+    if marks:
+        marked = [marks.apply(record, choice) for choice in found]
+        counts.update(f"mark {mark}" for mark, _ in marked)
+        found = [choice for _, choice in marked]
+    picks = [choice for choice in found if not isinstance(choice, Drop)]
+    if not picks:
+        counts.update(drop for drop in found[:1] if isinstance(drop, Drop))
+    else:
+        counts["left out"] += len(found) - len(picks)
+    made = [make_pair(record, *pick, options.by, options.system_prompt) for pick in picks]
+    return [(pair["prompt_id"], (json.dumps(pair, ensure_ascii=False) + "\n").encode()) for pair in made]
 
 
 def check_paths(raw: Sequence[Path], outputs: Sequence[Path], overwrite: bool) -> None:
@@ -610,25 +794,26 @@ def located(where: str, error: ValueError) -> ValueError:
 def binarize_files(
     paths: Sequence[str | Path],
     output: str | Path,
-    by: str = "ratings",
-    seed: int = 42,
+    *,
     test_size: int = 0,
-    system_prompt: str | None = None,
     overwrite: bool = False,
     curation: str | Path | None = None,
+    **options: Any,
 ) -> tuple[Counter[str], dict[Path, int]]:
-    """Make pairs of raw files and write them to `output`, with `test_size` of them in OUTPUT-test.jsonl instead.
+    """Make pairs of raw files by `options`, those of `Options`, and write them to `output`, with `test_size` of them in
+    OUTPUT-test.jsonl instead.
 
     `curation` is a file of marks, which are applied before the split.
     Returns the counts, and the number of pairs in each file written. On any error the outputs are as they were.
     """
-    raw, output = [Path(path) for path in paths], Path(output)
+    raw, output, how = [Path(path) for path in paths], Path(output), Options(**options)
     outputs = [output, output.with_name(f"{output.stem}-test.jsonl")][: 2 if test_size else 1]
     if test_size < 0:
         raise ValueError(f"--test-size is {test_size}, expected 0 or more")
+    how.check()
     check_paths([*raw, Path(curation)] if curation else raw, outputs, overwrite)
-    pairs, counts = read_pairs(raw, by, seed, system_prompt, Marks(Path(curation)) if curation else None)
-    splits = dict(zip(outputs, split(pairs, test_size, seed), strict=False))
+    pairs, counts = read_pairs(raw, how, Marks(Path(curation)) if curation else None)
+    splits = dict(zip(outputs, split(pairs, test_size, how.seed), strict=False))
     write(splits)
     return counts, {path: len(lines) for path, lines in splits.items()}
 
@@ -637,9 +822,10 @@ def table(counts: Counter[str], written: dict[Path, int]) -> str:
     """What `binarize_files` returns, as text: name, count and share."""
     records, pairs = counts["records"], counts["pairs"]
     rows = [("records", records, 0)]  # name, count, and the count that it is a share of
-    rows += [(f"  dropped: {drop}", counts[drop], records) for drop in Drop if drop != Drop.MARKED or counts[drop]]
-    counted = [(f"  marked {mark}", counts[f"mark {mark}"], records) for mark in MARKS if mark != "drop"]
-    rows += [row for row in counted if row[1]]
+    rows += [(f"  dropped: {drop}", counts[drop], records) for drop in Drop if drop not in ASKED_FOR or counts[drop]]
+    optional = [(f"  marked {mark}", counts[f"mark {mark}"], records) for mark in MARKS if mark != "drop"]
+    optional += [("  rejected answers left out: empty, or equal to the chosen one", counts["left out"], 0)]
+    rows += [row for row in optional if row[1]]
     rows += [("pairs", pairs, records)]
     rows += [(f"  in {path}", count, pairs) for path, count in written.items()]
     rows += [("  whose prompt repeats another's", counts["repeats"], pairs)]
@@ -648,17 +834,35 @@ def table(counts: Counter[str], written: dict[Path, int]) -> str:
 
 def rows_of_the_rules(counts: Counter[str]) -> list[tuple[str, int, int]]:
     """The counts of `compare_rules`. audit.py prints the same ones."""
-    return [
+    rows = [
         ("records on which both rules choose", counts["compared"], counts["records"]),
         ("  their chosen answers differ", counts["differ"], counts["compared"]),
         ("completions with overall_score 10", counts["tens"], 0),
         ("  whose mean rating is at most 2", counts["low tens"], counts["tens"]),
     ]
+    repaired = [
+        ("  repaired: 10 became 1", counts["repaired"], counts["tens"]),
+        ("  in doubt: mean rating above 2 and at most 4, or none", counts["in doubt"], counts["tens"]),
+        ("repaired records on which both rules choose", counts["compared repaired"], counts["records"]),
+        ("  their chosen answers differ", counts["differ repaired"], counts["compared repaired"]),
+    ]
+    return rows + (repaired if "compared repaired" in counts else [])
 
 
 def layout(rows: list[tuple[str, int, int]]) -> str:
     width = max(len(name) for name, _, _ in rows)
     return "\n".join(f"{name:<{width}} {n:>9,}" + (f" {n / of:>7.1%}" if of else "") for name, n, of in rows)
+
+
+def weight(text: str) -> tuple[str, float]:
+    """An `argparse` type."""
+    aspect, equals, value = text.partition("=")
+    try:
+        if aspect and equals:
+            return aspect, float(value)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not ASPECT=NUMBER, such as honesty=2")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -668,26 +872,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="example: python binarize.py ultrafeedback/*.jsonl --output pairs.jsonl --test-size 2000 --seed 42",
     )
     add = parser.add_argument
-    add("raw", nargs="+", type=Path, metavar="RAW", help="raw UltraFeedback: JSON lines or a JSON array; gzip is fine")
+    add(
+        "raw", nargs="+", type=Path, metavar="RAW", help="raw records: JSON lines, a JSON array (gzip is fine), parquet"
+    )
     add("--output", required=True, type=Path, metavar="FILE", help="where the pairs go, a .jsonl file")
     add("--by", choices=RULES, default="ratings", help="Notus's rule (ratings, the default) or Zephyr's")
+    add("--scores", metavar="KEY", help="records are prompts with scored answers, and KEY holds the scores")
+    add("--repair", nargs="?", choices=IN_DOUBT, const="drop", help="give the worst answers their overall_score of 1 "
+        "back; drop (the default) or keep answers whose 10 is in doubt")  # fmt: skip
+    add("--rejected", choices=REJECTED, default="random", help="which of the other answers: one at random (the "
+        "default), the lowest, or all, a pair for each")  # fmt: skip
+    add("--min-margin", type=float, default=0.0, metavar="X", help="the chosen answer's lead, at least (default: 0)")
+    add("--weights", nargs="+", type=weight, metavar="ASPECT=W", help="weigh the ratings of these aspects (default: 1)")
+    add("--drop-source", nargs="+", default=(), metavar="SOURCE", help="leave out records of it, such as truthful_qa")
     add("--seed", type=int, default=42, metavar="S", help="draws rejected answers and held-out prompts (default: 42)")
     add("--test-size", type=int, default=0, metavar="N", help="hold out N pairs in FILE-test.jsonl (default: 0)")
     add("--system-prompt", metavar="TEXT", help="start every conversation with this system turn; '' makes an empty one")
     add("--curation", type=Path, metavar="FILE", help="apply the marks that were made on the page of audit.py")
     add("--overwrite", action="store_true", help="replace outputs that exist")
-    args = parser.parse_args(argv)
+    args = vars(parser.parse_args(argv))
     try:
-        counts, written = binarize_files(
-            args.raw,
-            args.output,
-            args.by,
-            args.seed,
-            args.test_size,
-            args.system_prompt,
-            args.overwrite,
-            args.curation,
-        )
+        weights = dict(args.pop("weights") or ())
+        counts, written = binarize_files(args.pop("raw"), args.pop("output"), weights=weights, **args)
         print(table(counts, written))
     except (ValueError, OSError) as error:
         print(f"binarize.py: error: {error}", file=sys.stderr)

@@ -157,16 +157,30 @@ def grade(question: Question, response: str) -> int:
     return 1
 
 
-def annotate(rng: Random, question: Question, model: str) -> dict[str, Any]:
+Noise = Callable[[Random], int]  # what a judge is off by, in points
+
+
+def rating_noise(rng: Random) -> int:
+    """One rating in four is off by a point."""
+    return rng.choices((-1, 0, 1), (1, 6, 1))[0]
+
+
+def score_noise(rng: Random) -> int:
+    return rng.choice((-1, 0, 0, 1))
+
+
+def annotate(
+    rng: Random, question: Question, model: str, noise: Noise = rating_noise, critique_noise: Noise = score_noise
+) -> dict[str, Any]:
     """One model's answer with its ratings, as UltraFeedback has them: strings from 1 to 5, and sometimes "N/A", where
-    an aspect does not apply. One rating in four is off by a point."""
+    an aspect does not apply. `noise` is that of each rating, `critique_noise` that of overall_score."""
     response = respond(rng, model, question)
     points = grade(question, response)
     verdict = f"The answer is {GRADES[points]}."
 
     def rating(not_applicable: float = 0.0) -> str:
-        noise = rng.choices((-1, 0, 1), (1, 6, 1))[0]
-        return "N/A" if rng.random() < not_applicable else str(min(max(points + noise, 1), 5))
+        rated = min(max(points + noise(rng), 1), 5)
+        return "N/A" if rng.random() < not_applicable else str(rated)
 
     principle = rng.choice(list(PRINCIPLES))
     judged = {"Rationale": verdict, "Rationale For Rating": verdict}
@@ -177,7 +191,7 @@ def annotate(rng: Random, question: Question, model: str) -> dict[str, Any]:
         "helpfulness": judged | {"Type": ["1"], "Rating": rating()},
     }
     ratings = [int(a["Rating"]) for a in annotations.values() if a["Rating"] != "N/A"]
-    score = min(max(2 * points - 1 + rng.choice((-1, 0, 0, 1)), 1), 10)
+    score = min(max(2 * points - 1 + critique_noise(rng), 1), 10)
     return {
         "model": model,
         "principle": principle,
@@ -190,14 +204,16 @@ def annotate(rng: Random, question: Question, model: str) -> dict[str, Any]:
     }
 
 
-def record(rng: Random, question: Question) -> dict[str, Any]:
+def record(
+    rng: Random, question: Question, noise: Noise = rating_noise, critique_noise: Noise = score_noise
+) -> dict[str, Any]:
     return {
         "source": f"demo_{question.task}",
         "instruction": question.instruction,
         "models": list(MODELS),
         "correct_answers": [question.answer],
         "incorrect_answers": ["None"],
-        "completions": [annotate(rng, question, model) for model in MODELS],
+        "completions": [annotate(rng, question, model, noise, critique_noise) for model in MODELS],
     }
 
 

@@ -10,15 +10,19 @@ import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import binarize as script  # noqa: E402
-from binarize import Drop, binarize, binarize_files, main, mean_rating, parse_record, read_pairs  # noqa: E402
+from binarize import Drop, Options, binarize, binarize_files, main, mean_rating, parse_record, read_pairs  # noqa: E402
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 
@@ -316,7 +320,7 @@ def test_output_has_not_changed(tmp_path):
 
 def test_from_python_with_plain_arguments(tmp_path, capsys):
     raw, output = write_lines(tmp_path / "raw.jsonl", random_records(50)), tmp_path / "pairs.jsonl"
-    pairs, counts = read_pairs([raw], by="overall-score", seed=3, system_prompt="Be brief.")
+    pairs, counts = read_pairs([raw], Options("overall-score", 3, "Be brief."))
     assert pairs == sorted(pairs) and len(pairs) == counts["pairs"] > 40
     assert binarize_files([str(raw)], str(output), by="overall-score", seed=3, system_prompt="Be brief.") == (
         counts,
@@ -414,11 +418,12 @@ BAD = {  # name: (content of the file, what the message holds after the path)
     "UTF-32": (f"[{GOOD}]".encode("utf-32"), ": looks like UTF-16 or UTF-32"),
     "packed UTF-16": (gzip.compress(GOOD.encode("utf-16")), ": looks like UTF-16"),
     "zeros": (bytes(4096), ":1: malformed JSON"),
-    "parquet": (
-        b"PAR1\x15\x04\x15\x06",
-        ": is a parquet file, expected JSON",
-        "python -c 'import sys, pandas; pandas.read_parquet(",
-        "raw.jsonl",
+    "cut parquet": (b"PAR1\x15\x04\x15\x06", ":1: cannot be read: as parquet: ", "copy or download it again"),
+    "gzipped parquet": (gzip.compress(b"PAR1\x15\x04"), ": is a gzipped parquet file; unpack it with gunzip"),
+    "scored answers": (
+        '{"prompt": "x", "answers": [], "score": []}',
+        ":1: holds scored answers, expected a raw",
+        "(its",
     ),
     "git-lfs pointer": (
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 9\n",
@@ -671,7 +676,7 @@ def test_ctrl_c_prints_one_line_and_leaves_nothing(tmp_path):
     """A real SIGINT, while records are read."""
     arguments = old_outputs(tmp_path, ())
     code = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import binarize; real = binarize.parse_record\n"
-    code += f"def parse(raw):\n os.kill(os.getpid(), {int(signal.SIGINT)})\n return real(raw)\n"
+    code += f"def parse(*raw):\n os.kill(os.getpid(), {int(signal.SIGINT)})\n return real(*raw)\n"
     code += "binarize.parse_record = parse; sys.exit(binarize.main())"
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "binarize.py: interrupted\n")
@@ -693,3 +698,307 @@ def test_standalone_script_loads_neither_torch_nor_notus(tmp_path):
     assert "tqdm" in loaded and done.stdout.startswith("records")
     assert not {"torch", "notus", "transformers"} & {name.split(".")[0] for name in loaded}
     assert all(line.startswith("import time") for line in done.stderr.splitlines())  # no progress bar off a terminal
+
+
+# ---- repair, margins, weights and other judges ----
+
+
+@pytest.mark.parametrize(
+    ("ratings", "fate"),
+    [
+        ("1111", "repaired"), ("2222", "repaired"), ("1223", "repaired"), ("2223", "in doubt"), ("4444", "in doubt"),
+        ("4445", None), ("5555", None), ("", "in doubt"),
+    ],
+)  # fmt: skip
+def test_a_ten_is_repaired_as_by_the_authors(ratings, fate):
+    """fix_overall_score_issue.py: mean <= 2 -> 1; mean <= 4 -> a judge, here in doubt; else it stays."""
+    for score in (1, 9.9, 10):
+        made = parse_record(record("x", completion("a", *ratings, score=score), completion("b", "3", score=7)))
+        for in_doubt in ("drop", "keep"):
+            repaired, counts = script.repair(made, in_doubt)
+            expected = {fate: 1} if score == 10 and fate else {}
+            assert counts == expected
+            gone = bool(expected) and fate == "in doubt" and in_doubt == "drop"
+            scores = [] if gone else [1.0 if expected and fate == "repaired" else score]
+            assert [one.overall_score for one in repaired.completions] == [*scores, 7]
+
+
+def test_repair_undoes_the_bug(tmp_path, capsys):
+    """The worst answers' scores are those before `score if score > 1 else 10 * score`, and so are the pairs."""
+    rng = random.Random(0)
+    before, released = [], []
+    for i in range(200):
+        scores = [rng.randint(1, 9) for _ in range(4)]
+        ratings = [[str(min(max(score // 2, 1), 5))] * 4 for score in scores]
+        for records, values in ((before, scores), (released, [s if s > 1 else 10 * s for s in scores])):
+            made = [completion(f"{i}.{j}", *r, score=v) for j, (r, v) in enumerate(zip(ratings, values, strict=True))]
+            records.append(record(f"x{i}", *made))
+    outputs = [tmp_path / name for name in ("before.jsonl", "repaired.jsonl", "released.jsonl")]
+    for records, output, more in (
+        (before, outputs[0], ()),
+        (released, outputs[1], ("--repair",)),
+        (released, outputs[2], ()),
+    ):
+        raw = write_lines(tmp_path / "raw.jsonl", records)
+        assert run(raw, "--output", output, "--by", "overall-score", *more) == 0
+        if more:
+            found = table_of(capsys)
+        capsys.readouterr()
+    assert outputs[0].read_bytes() == outputs[1].read_bytes() != outputs[2].read_bytes()
+    ones = sum(c["overall_score"] == 1 for r in before for c in r["completions"])
+    assert found["repaired: 10 became 1"] == found["completions with overall_score 10"] == ones > 50
+    assert found["in doubt: mean rating above 2 and at most 4, or none"] == 0
+    assert found["repaired records on which both rules choose"] > 190
+
+
+def test_the_table_counts_what_is_in_doubt(tmp_path, capsys):
+    doubtful = record("x", completion("a", "3", score=10), completion("b", "1", score=4), completion("c", "1", score=2))
+    raw, output = write_lines(tmp_path / "raw.jsonl", [doubtful]), tmp_path / "pairs.jsonl"
+    for choice, chosen in (("keep", "a"), ("drop", "b")):
+        assert run(raw, "--output", output, "--by", "overall-score", "--repair", choice, "--overwrite") == 0
+        assert table_of(capsys)["in doubt: mean rating above 2 and at most 4, or none"] == 1
+        assert read(output)[0]["chosen"][-1]["content"] == chosen
+
+
+@pytest.mark.parametrize("by", ["ratings", "overall-score"])
+@pytest.mark.parametrize("margin", [0.0, 0.75, 2.0])
+def test_rejected_and_margin_are_those_of_a_plain_loop(by, margin, tmp_path, capsys):
+    records = random_records(300)
+    raw, output, expected = write_lines(tmp_path / "raw.jsonl", records), tmp_path / "pairs.jsonl", {}
+    too_close = 0
+    for one in records:
+        answers = [
+            (mean_rating(c) if by == "ratings" else c["overall_score"], c["response"]) for c in one["completions"]
+        ]
+        answers = [answer for answer in answers if answer[0] is not None]
+        best = max(answers, key=lambda answer: answer[0])
+        lower = [a for a in answers if a[1] != best[1] and best[0] - a[0] >= (margin or (by == "ratings") * 1e-9)]
+        too_close += not lower and (by != "ratings" or min(answers)[0] < best[0])
+        for other in lower:
+            expected.setdefault((one["instruction"], best[1]), []).append(other)
+    for rejected in ("all", "lowest", "random"):
+        arguments = ("--by", by, "--rejected", rejected, "--min-margin", margin, "--overwrite")
+        assert run(raw, "--output", output, *arguments) == 0
+        found = {}
+        for pair in read(output):
+            prompt, chosen, other = (
+                pair["chosen"][0]["content"],
+                pair["chosen"][-1]["content"],
+                pair["rejected"][-1]["content"],
+            )
+            found.setdefault((prompt, chosen), []).append((pair["score_rejected"], other))
+        assert found.keys() == expected.keys()
+        for key, others in found.items():
+            if rejected == "all":
+                assert sorted(others) == sorted(expected[key])
+            elif rejected == "lowest":
+                assert others == [min(expected[key], key=lambda answer: answer[0])]
+            else:
+                assert len(others) == 1 and others[0] in expected[key]
+        counted = table_of(capsys)
+        assert counted["pairs"] == sum(map(len, found.values()))
+        assert counted.get("dropped: margin too small", 0) == too_close
+
+
+def test_all_rejected_leaves_out_unfit_answers_and_counts_them(tmp_path, capsys):
+    made = record("x", *(completion(text, rating) for text, rating in (("a", "5"), (" ", "1"), ("a", "2"), ("b", "3"))))
+    output = tmp_path / "pairs.jsonl"
+    assert run(write_lines(tmp_path / "raw.jsonl", [made]), "--output", output, "--rejected", "all") == 0
+    assert [pair["rejected"][-1]["content"] for pair in read(output)] == ["b"]
+    assert table_of(capsys)["rejected answers left out: empty, or equal to the chosen one"] == 2
+
+
+def test_marks_fit_each_of_several_pairs(tmp_path):
+    raw, output = write_lines(tmp_path / "raw.jsonl", random_records(5)), tmp_path / "pairs.jsonl"
+    assert run(raw, "--output", output, "--rejected", "all") == 0
+    pairs = read(output)
+    marked = pairs[1]
+    texts = [marked[side][-1]["content"] for side in ("chosen", "rejected")]
+    mark = {"prompt_id": marked["prompt_id"], "mark": "drop", "pair": script.pair_id(marked["prompt_id"], *texts)}
+    marks = write_lines(tmp_path / "marks.jsonl", [mark])
+    assert run(raw, "--output", output, "--rejected", "all", "--curation", marks, "--overwrite") == 0
+    assert read(output) == [pair for pair in pairs if pair != marked]
+
+
+def test_weights_are_those_of_numpys_average(tmp_path):
+    weights = {"honesty": 3.0, "helpfulness": 0.5, "truthfulness": 0.0}
+    for one in random_records(50):
+        for answer in one["completions"]:
+            notes = {name: note["Rating"] for name, note in answer["annotations"].items() if note["Rating"] != "N/A"}
+            by_aspect = [weights.get(name, 1) for name in notes]
+            expected = np.average([int(r) for r in notes.values()], weights=by_aspect) if sum(by_aspect) else None
+            assert mean_rating(answer, weights) == pytest.approx(expected)
+            assert mean_rating(answer, dict.fromkeys(ASPECTS, 2.0)) == mean_rating(answer)
+    raw, output = write_lines(tmp_path / "raw.jsonl", random_records(50)), tmp_path / "pairs.jsonl"
+    assert run(raw, "--output", output, "--weights", "honesty=0", "truthfulness=0", "helpfulness=0") == 0
+    for pair in read(output):
+        assert pair["score_chosen"].is_integer() and pair["score_rejected"].is_integer()  # one aspect alone
+
+
+def test_a_source_is_left_out(tmp_path, capsys):
+    records = [one | {"source": name} for one, name in zip(random_records(9), "abcabcabc", strict=True)]
+    output = tmp_path / "pairs.jsonl"
+    assert run(write_lines(tmp_path / "raw.jsonl", records), "--output", output, "--drop-source", "a", "c") == 0
+    assert {pair["source"] for pair in read(output)} == {"b"}
+    assert table_of(capsys)["dropped: source left out"] == 6
+
+
+def scored(one, key="reward", names=("prompt", "answers", "models")):
+    """A raw record as scored answers, whose score is the mean rating."""
+    answers = one["completions"]
+    columns = [one["instruction"], [a["response"] for a in answers], [a["model"] for a in answers]]
+    return dict(zip(names, columns, strict=True)) | {key: [mean_rating(a) for a in answers], "source": one["source"]}
+
+
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        ("reward", ("prompt", "answers", "models")),
+        ("ratings", ("instruction", "generations", "generation_models")),  # distilabel
+        ("ratings", ("instruction", "generations", "model_names")),  # the same, as it was called later
+    ],
+)
+def test_scored_answers_make_the_pairs_of_the_ratings(key, names, tmp_path):
+    records = random_records(60)
+    outputs = [tmp_path / name for name in ("ratings.jsonl", "scores.jsonl")]
+    assert run(write_lines(tmp_path / "raw.jsonl", records), "--output", outputs[0]) == 0
+    lists = write_lines(tmp_path / "scored.jsonl", [scored(one, key, names) for one in records])
+    assert run(lists, "--output", outputs[1], "--scores", key) == 0
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_scores_have_any_scale_and_names_may_be_absent(tmp_path):
+    row = {"prompt": "x", "answers": ["a", "b", "c", "d"], "logit": [-3.5, -0.25, None, -2e4]}
+    output = tmp_path / "pairs.jsonl"
+    lists = write_lines(tmp_path / "scored.jsonl", [row])
+    assert run(lists, "--output", output, "--scores", "logit", "--rejected", "all", "--min-margin", "3") == 0
+    found = [(p["rejected"][-1]["content"], p["score_rejected"]) for p in read(output)]
+    assert found == [("a", -3.5), ("d", -2e4)]
+    assert {(p["score_chosen"], p["source"], p["chosen_model"]) for p in read(output)} == {(-0.25, "", "")}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, 'no field "prompt", expected a string'),
+        ({"prompt": "x"}, 'no field "answers", expected a list'),
+        ({"prompt": "x", "answers": ["a", "b"]}, 'no field "s", expected a list'),
+        ({"prompt": [{"role": "user"}], "answers": [], "s": []}, '"prompt" is [{"role": "user"}], expected a string'),
+        ({"prompt": "x", "answers": "ab", "s": [1, 2]}, '"answers" is "ab", expected a list'),
+        ({"prompt": "x", "answers": ["a", "b"], "s": 1}, '"s" is 1, expected a list'),
+        ({"prompt": "x", "answers": ["a", "b"], "s": [1]}, '"s" has 1 values for 2 answers'),
+        ({"prompt": "x", "answers": ["a", "b"], "s": [1, 2], "models": ["m"]}, '"models" has 1 values for 2 answers'),
+        ({"prompt": "x", "answers": ["a", 2], "s": [1, 2]}, 'answer 2: 2 by "", expected two strings'),
+        ({"prompt": "x", "answers": ["a", "b"], "s": [1, 2], "models": ["m", 3]}, 'answer 2: "b" by 3, expected two'),
+        (
+            {"prompt": "x", "answers": ["a", "b"], "s": [1, True]},
+            'answer 2: the score of "s" is true, expected a number,',
+        ),
+        ({"prompt": "x", "answers": ["a", "b"], "s": [1, float("nan")]}, 'answer 2: the score of "s" is NaN'),
+        ({"prompt": "x", "answers": ["a", "b"], "s": [float("inf"), 1]}, 'answer 1: the score of "s" is Infinity'),
+        ({"prompt": "x", "answers": ["a", "b"], "s": [10**400, 1]}, 'answer 1: the score of "s" is 1000'),
+        ({"prompt": "x", "answers": ["a", "b"], "s": [1, {"a": 2}]}, 'answer 2: the score of "s" is {"a": 2}'),
+        ({"prompt": "x", "answers": ["a", "b"], "s": [1, 2], "source": 3}, '"source" is 3, expected a string'),
+        ({"chosen": [], "rejected": [], "s": []}, "already binarized"),
+        ([1], "[1] is not a JSON object"),
+    ],
+)
+def test_bad_scored_answers(row, message, tmp_path, capsys):
+    good = {"prompt": "x", "answers": ["a", "b"], "s": [1, 2]}
+    lists = write_lines(tmp_path / "scored.jsonl", [good, row])
+    fails(capsys, tmp_path, f"{lists}:2: {message}", lists, "--output", tmp_path / "pairs.jsonl", "--scores", "s")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repair"], "--repair mends overall_score, which only --by overall-score compares"),
+        (["--weights", "honesty=1", "--by", "overall-score"], "--weights weighs the aspects' ratings, which only --by"),
+        (["--weights", "honesty=1", "--scores", "s"], "--weights weighs the aspects' ratings, which only --by ratings"),
+        (["--weights", "honesty=-1"], "--weights: honesty weighs -1.0, expected 0 or more"),
+        (["--weights", "honesty=nan"], "--weights: honesty weighs nan, expected 0 or more"),
+        (["--weights", "honest=2"], '--weights names "honest", which no record has; they have: helpfulness, honesty, '),
+        (["--scores", "s", "--by", "overall-score"], "--scores names what is compared; leave out --by overall-score"),
+        (["--min-margin", "-1"], "--min-margin is -1.0, expected 0 or more"),
+        (["--min-margin", "nan"], "--min-margin is nan, expected 0 or more"),
+        (["--min-margin", "inf"], "--min-margin is inf, expected 0 or more"),
+        (["--min-margin", "4.5"], "raw.jsonl: no pair is left of 5 records: 5 margin too small"),
+        (["--drop-source", "qa", "flan"], '--drop-source names "qa", which no record has; they have: flan'),
+        (["--drop-source", "flan"], "raw.jsonl: no pair is left of 5 records: 5 source left out"),
+    ],
+)  # fmt: skip
+def test_options_that_are_refused(arguments, message, tmp_path, capsys):
+    raw = write_lines(tmp_path / "raw.jsonl", random_records(5))
+    fails(capsys, tmp_path, message, raw, "--output", tmp_path / "pairs.jsonl", *arguments)
+
+
+@pytest.mark.parametrize("value", ["honesty", "=1", "honesty=", "honesty=much"])
+def test_a_weight_is_a_name_and_a_number(value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run(tmp_path / "raw.jsonl", "--output", tmp_path / "pairs.jsonl", "--weights", value)
+    assert exit_.value.code == 2 and f"{value!r} is not ASPECT=NUMBER, such as honesty=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [{"rejected": "worst"}, {"repair": "judge", "by": "overall-score"}])
+def test_from_python_the_names_are_checked_too(wrong, tmp_path):
+    raw = write_lines(tmp_path / "raw.jsonl", random_records(2))
+    with pytest.raises(ValueError, match="expected one of"):
+        binarize_files([raw], tmp_path / "pairs.jsonl", **wrong)
+
+
+# ---- parquet ----
+
+
+def write_parquet(path, records, **options):
+    parquet.write_table(pyarrow.Table.from_pylist(records), path, **options)
+    return path
+
+
+def test_parquet_is_json_lines(tmp_path):
+    """With missing aspects, which parquet writes as null, and more rows than a batch and a row group hold."""
+    records = random_records(700)
+    del records[3]["completions"][0]["annotations"]["honesty"]
+    outputs = [tmp_path / name for name in ("lines.jsonl", "parquet.jsonl")]
+    assert run(write_lines(tmp_path / "raw.jsonl", records), "--output", outputs[0]) == 0
+    assert run(write_parquet(tmp_path / "raw", records, row_group_size=300), "--output", outputs[1]) == 0
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    lists = write_parquet(tmp_path / "scored", [scored(one) for one in records])
+    assert run(lists, "--output", outputs[1], "--scores", "reward", "--overwrite") == 0
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_a_bad_row_of_parquet_is_named(tmp_path, capsys):
+    raw = write_parquet(tmp_path / "raw", [*random_records(400), record("x", completion("a", "7"))])
+    message = f'{raw}:401: completion 1: instruction_following rating is "7"'
+    fails(capsys, tmp_path, message, raw, "--output", tmp_path / "pairs.jsonl")
+
+
+def test_damaged_parquet_is_refused_or_read_as_it_was(tmp_path, capsys):
+    """Pages carry a checksum of their own only if asked, so a flipped bit in a text can pass. No traceback, though."""
+    raw = write_parquet(tmp_path / "raw", random_records(30))
+    content, rng = raw.read_bytes(), random.Random(0)
+    assert len(content) > 2000
+    codes = Counter()
+    for cut in (0.1, 0.5, 0.99):
+        raw.write_bytes(content[: int(len(content) * cut)])
+        fails(capsys, tmp_path, "copy or download it again", raw, "--output", tmp_path / "pairs.jsonl")
+    for _ in range(60):
+        place = rng.randrange(4, len(content))
+        raw.write_bytes(content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :])
+        codes[run(raw, "--output", tmp_path / "pairs.jsonl", "--overwrite")] += 1
+    assert codes.keys() <= {0, 2} and codes[2] > 10
+    assert all(line.startswith("binarize.py: error: ") for line in capsys.readouterr().err.splitlines())
+
+
+def test_parquet_without_rows(tmp_path, capsys):
+    schema = pyarrow.schema([("instruction", pyarrow.string()), ("source", pyarrow.string())])
+    parquet.write_table(schema.empty_table(), tmp_path / "raw")
+    message = "raw: has no record, its columns are instruction, source"
+    fails(capsys, tmp_path, message, tmp_path / "raw", "--output", tmp_path / "pairs.jsonl")
+
+
+def test_parquet_without_pyarrow(tmp_path, capsys, monkeypatch):
+    raw = write_parquet(tmp_path / "raw", random_records(3))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    message = "raw: is a parquet file, which needs pyarrow: pip install pyarrow"
+    fails(capsys, tmp_path, message, raw, "--output", tmp_path / "pairs.jsonl")

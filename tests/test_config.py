@@ -29,7 +29,8 @@ def minimal(tmp_path):
 def test_shipped_configs_are_there():
     recipes = {"notus-7b-v1", "notus-7b-v1-a100-40gb", "notus-7b-v1-lora", "zephyr-7b-beta", "zephyr-7b-2024"}
     families = {"smollm2-135m", "llama-3.2-1b", "llama-3.1-tulu-3-8b", "qwen2.5-0.5b", "qwen2.5-7b", "qwen3-0.6b"}
-    assert {path.stem for path in SHIPPED} == {"demo", *recipes, *families, "qwen3-8b"}
+    labels = {"notus-7b-v1-scores", "notus-7b-v1-repaired"}
+    assert {path.stem for path in SHIPPED} == {"demo", *recipes, *labels, *families, "qwen3-8b"}
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -47,7 +48,8 @@ def test_a_shipped_line_changes_a_value_or_has_a_comment(path):
 def test_the_recipe_names_its_optimizer():
     """The default is adamw, which is not what Notus and Zephyr of 2023 used."""
     assert config.SETTINGS["train.optimizer"].default == "adamw"
-    rmsprop = {"demo", "notus-7b-v1", "notus-7b-v1-a100-40gb", "notus-7b-v1-lora", "zephyr-7b-beta"}
+    notus = {f"notus-7b-v1{name}" for name in ("", "-a100-40gb", "-lora", "-scores", "-repaired")}
+    rmsprop = {"demo", *notus, "zephyr-7b-beta"}
     named = {path.stem: config.load(path).train.optimizer for path in SHIPPED}
     assert named == dict.fromkeys(named, "adamw") | dict.fromkeys(rmsprop, "rmsprop")
 

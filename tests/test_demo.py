@@ -109,6 +109,15 @@ def test_overall_score_has_ultrafeedbacks_bug(records):
     assert correlation(ratings, fixed) > 0.9 > correlation(ratings, scores) + 0.2
 
 
+def test_without_noise_the_ratings_are_the_grade_and_the_score_twice_that():
+    rng, questions = Random(0), demo.ask(Random(1), 50, set())
+    for question in questions:
+        for completion in demo.record(rng, question, lambda _: 0, lambda _: 0)["completions"]:
+            grade, notes = demo.grade(question, completion["response"]), completion["annotations"].values()
+            assert {note["Rating"] for note in notes} - {"N/A"} == {str(grade)}
+            assert completion["overall_score"] == (2 * grade - 1 if grade > 1 else 10)
+
+
 def test_ratings_follow_the_answer(records):
     by_text = {True: [], False: []}
     for record in records:
