@@ -156,7 +156,7 @@ def _packed(sizes: Tensor, window: int | None, device: torch.device) -> PackedAt
     return PackedAttention(segments, window, device, flash=False)
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ARG001  torch passes it by name
     *tensors, ctx.window = inputs
     ctx.save_for_backward(*tensors)
 
