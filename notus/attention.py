@@ -145,8 +145,9 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Its gradients; SDPA runs once more."""
     attend = _packed(segments, window, query.device)
-    _, pull_back = torch.func.vjp(attend.one_by_one, query, key, value)  # autograd itself is off inside an operation
-    return pull_back(grad)
+    pull_back = torch.func.vjp(attend.one_by_one, query, key, value)[1]  # autograd itself is off inside an operation
+    grad_query, grad_key, grad_value = pull_back(grad)
+    return grad_query, grad_key, grad_value
 
 
 def _packed(sizes: Tensor, window: int | None, device: torch.device) -> PackedAttention:

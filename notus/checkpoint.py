@@ -199,12 +199,13 @@ class StreamedFiles(FileSystemWriter):
         results = []
         while not file_queue.empty():
             path, name, items = file_queue.get_nowait()
-            tensors = {item.index.fqn: planner.resolve_data(item).detach().contiguous() for item in items}
+            found = ((item.index.fqn, cast(Tensor, planner.resolve_data(item))) for item in items)
+            tensors = {name: tensor.detach().contiguous() for name, tensor in found}
             offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in items}
             with open(path, "wb") as file:
                 file.write(safetensors_header(tensors, offsets))
                 for tensor in tensors.values():
-                    file.write(tensor.view(-1).view(torch.uint8).numpy())
+                    file.write(tensor.view(-1).view(torch.uint8).numpy().data)
                 file.flush()
                 os.fsync(file.fileno())
             for item in items:

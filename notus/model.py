@@ -12,7 +12,8 @@ heads, d head dimension.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -202,7 +203,7 @@ class Decoder(nn.Module):
     @recompute.setter
     def recompute(self, level: str) -> None:
         self._recompute = level
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(cast(Iterable[DecoderLayer], self.layers)):
             layer.recompute = ("full", "elementwise")[index % 2] if level == "half" else level
 
     def compile_layers(self) -> None:

@@ -379,7 +379,8 @@ def test_a_file_is_the_one_that_torch_would_write(world: World, tmp_path: Path) 
     files = []
     for kind in (StreamingWriter, HuggingFaceStorageWriter):
         directory = tmp_path / kind.__name__
-        dcp.save(state, storage_writer=kind(str(directory), save_distributed=True), process_group=world.mesh.get_group())
+        writer = kind(str(directory), save_distributed=True)
+        dcp.save(state, storage_writer=writer, process_group=world.mesh.get_group())
         (path,) = directory.iterdir()
         with safe_open(path, "pt") as file:
             files.append((file.metadata(), {name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
