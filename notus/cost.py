@@ -65,6 +65,10 @@ GPUS_PER_HOST = 8
 HOST_MEMORY_BYTES = 50e9  # a second; assumed: two channels of DDR5
 OPTIMIZER_BYTES = {"rmsprop": 70, "adamw": 114}
 
+# A checkpoint's copy into host memory, bytes a second: what this machine measures where the pages are there already
+# (benchmarks/RESULTS.md). Training waits for it, and not for the disk.
+STAGING_BYTES = 2.5e9
+
 
 def peak_flops(device_name: str) -> float | None:
     """By the name that torch.cuda.get_device_name gives; None for a device that is not in the table."""
@@ -283,6 +287,12 @@ def offload_bytes(dims: MistralConfig, job: Job) -> float:
     stored = job.dtype.itemsize if job.lora else 4
     trained = adapter if job.lora else layers + rest
     return (stored * (2 * layers + rest) + 4 * 2 * adapter + 4 * trained) / job.shards
+
+
+def checkpoint_bytes(dims: MistralConfig, job: Job) -> float:
+    """Of one checkpoint: what is trained and its optimizer state, in float32. A GPU's share of it is in host memory."""
+    trained = num_adapter_parameters(dims, job.lora) or sum(num_parameters(dims))
+    return trained * (12 if job.optimizer == "adamw" else 8)
 
 
 def host_seconds(dims: MistralConfig, job: Job) -> float:

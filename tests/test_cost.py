@@ -20,10 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from notus import distributed
 from notus.attention import PackedAttention, sdpa
+from notus.checkpoint import make_state, state_of
 from notus.cost import (
     RESERVE_GIB,
     Job,
     activation_bytes,
+    checkpoint_bytes,
     forward_flops,
     least_recomputation,
     memory_gib,
@@ -395,6 +397,20 @@ def test_memory_beside_the_shards_does_not_depend_on_the_gpus_but_on_the_tokens(
     one, two = rest(), rest(micro_batch_tokens=16384)
     assert {name for name in one if one[name] != two[name]} == {"activations", "head, scored rows and softmax"}
     assert two["activations"] == pytest.approx(2 * one["activations"])
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def test_a_checkpoint_has_the_bytes_of_its_state(optimizer: str, lora: LoRA | None):
+    model = tiny_model(tiny_config(), dtype=torch.float32)
+    if lora:
+        add_lora(model, lora, torch.bfloat16)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimize = make_optimizer(trained, optimizer, 1e-5, weight_decay=0.0)
+    make_state(optimize)
+    state = state_of(model, optimize)
+    saved = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith(".step"))  # a number each
+    assert checkpoint_bytes(model.config, job(optimizer=optimizer, lora=lora)) == saved
 
 
 def test_what_a_layer_computes_again_is_there_once():
