@@ -254,6 +254,12 @@ def memory_gib(dims: MistralConfig, job: Job, scored: float, recompute: str) -> 
         + min(rows * dims.vocab_size * size, KEEP_BYTES)
         + CHUNK_ROWS * dims.vocab_size * (4 + size),
     }
+    # When backward has freed its parts, embedding and head are reduced in float32, and then the optimizer's
+    # multi-tensor step makes one temporary of every trained shard. With few tokens a GPU either may take more.
+    backward = sum(size for name, size in parts.items() if "shard" not in name)
+    after = max(4 * trained * held, 0 if job.lora or job.num_gpus == 1 else gathered + 4 * rest)
+    if after > backward:
+        parts["the optimizer's temporaries, beyond backward's peak"] = after - backward
     return {name: size / GIB for name, size in parts.items()}
 
 

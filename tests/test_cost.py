@@ -413,6 +413,27 @@ def test_a_checkpoint_has_the_bytes_of_its_state(optimizer: str, lora: LoRA | No
     assert checkpoint_bytes(model.config, job(optimizer=optimizer, lora=lora)) == saved
 
 
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def test_the_optimizers_step_takes_one_more_copy_of_what_is_trained(optimizer: str):
+    """The multi-tensor step that GPUs take, on real numbers. With few tokens on few GPUs that is the peak."""
+    model = tiny_model(tiny_config(), dtype=torch.float32)
+    optimize = make_optimizer(model.parameters(), optimizer, 1e-5, weight_decay=0.0)
+    optimize.param_groups[0]["foreach"] = True
+    make_state(optimize)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with Peak() as alive:
+        alive.outside = set()
+        optimize.step()
+    trained = sum(parameter.nbytes for parameter in model.parameters())
+    assert trained <= alive.peak < 1.01 * trained
+
+    parts = memory("full", num_gpus=2, micro_batch_tokens=64, optimizer=optimizer)
+    shards = sum(gib for name, gib in parts.items() if "shard" in name)
+    assert sum(parts.values()) - shards == pytest.approx(4 * 7_241_732_096 / 2 / 2**30)
+    assert not any("temporaries" in name for name in memory("full"))
+
+
 def test_what_a_layer_computes_again_is_there_once():
     none, elementwise, full = (
         activation_bytes(MISTRAL_7B, torch.bfloat16, level, compiled=False) for level in RECOMPUTE if level != "half"
