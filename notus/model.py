@@ -11,6 +11,7 @@ Legend: T tokens of the stream, R rows that are scored, D model dimension, V voc
 heads, d head dimension.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import cast
@@ -211,6 +212,8 @@ class Decoder(nn.Module):
         share one compilation, so there are as many as tests/test_compile.py says. Past torch's limit of 8 for one
         function it would go on uncompiled, and the other ranks would wait for this one: here that is an error."""
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # It warns of in-place operations in what is recomputed. A layer has none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for layer in self.layers:  # what FSDP2 does before and after a layer stays outside
             vars(layer)["forward"] = torch.compile(layer.forward, dynamic=True)
 
