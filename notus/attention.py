@@ -11,6 +11,7 @@ window, S sequences of a cache, C its capacity in tokens, L new tokens of the lo
 
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -65,22 +66,28 @@ class PackedAttention:
         self.flash = device.type == "cuda" and flash_works(device) if flash is None else flash
         self._pieces = [size for prompt, answers in segments for size in (prompt + sum(answers[:1]), *answers[1:])]
         self._masks: dict[tuple[int, int], Tensor] = {}  # shared by the layers of one forward pass
+        # What a compiled layer reads must be there before. It may not depend on the number of pieces.
+        self._layout = self._lay_out() if self.flash else None
+        self._segments = torch.tensor(
+            [size for prompt, answers in segments for size in (len(answers), prompt, *answers)]
+        )
 
-    @torch.compiler.disable  # every stream has other pieces; the layer around them is compiled
     def __call__(self, _layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        half = query.dtype in (torch.bfloat16, torch.float16)
-        return (self.at_once if self.flash and half else self.one_by_one)(query, key, value)
+        if self.flash and query.dtype in (torch.bfloat16, torch.float16):
+            return self.at_once(query, key, value)
+        if torch.compiler.is_compiling():
+            return _attention(query, key, value, self._segments, self.window)
+        return self.one_by_one(query, key, value)
 
     def at_once(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The kernel aligns its causal mask to the lower right: the last query with the last key, as drawn above."""
-        rows, query_ends, key_ends, longest_query, longest_key = self._layout
-        left = -1 if self.window is None or longest_key <= self.window else self.window - 1  # keys before one's own
+        rows, query_ends, key_ends, longest_query, longest_key = self._layout or self._lay_out()
+        left = -1 if self.window is None else self.window - 1  # keys before one's own
         sizes = query_ends, key_ends, longest_query, longest_key
         out = varlen_attn(query, key[rows], value[rows], *sizes, window_size=(left, 0), **GROUPED_HEADS)
         return cast(Tensor, out)  # it is a tuple only where the log-sum-exp is asked for too
 
-    @functools.cached_property
-    def _layout(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    def _lay_out(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """Where in the stream each piece's keys are (all keys,), where the pieces end among queries and among keys,
         beginning with 0 (pieces + 1,), and the longest piece's queries and keys."""
         key_rows, key_sizes, start = [], [], 0
@@ -120,6 +127,46 @@ class PackedAttention:
             positions = torch.arange(cols, device=self.device)
             self._masks[rows, cols] = visible(positions[cols - rows :], positions, self.window)  # (rows, cols)
         return sdpa(query, key, value, mask=self._masks[rows, cols])
+
+
+# The layers around it are compiled, and each stream has other pieces. So to the compiler `one_by_one` is one operation.
+
+
+@torch.library.custom_op("notus::attention", mutates_args=())
+def _attention(query: Tensor, key: Tensor, value: Tensor, segments: Tensor, window: int | None) -> Tensor:
+    """`PackedAttention.one_by_one`. `segments` lists, for each segment, the number of its answers, its prompt's length
+    and theirs."""
+    return _packed(segments, window, query.device).one_by_one(query, key, value)
+
+
+@torch.library.custom_op("notus::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, window: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its gradients; SDPA runs once more."""
+    attend = _packed(segments, window, query.device)
+    pull_back = torch.func.vjp(attend.one_by_one, query, key, value)[1]  # autograd itself is off inside an operation
+    grad_query, grad_key, grad_value = pull_back(grad)
+    return grad_query, grad_key, grad_value
+
+
+def _packed(sizes: Tensor, window: int | None, device: torch.device) -> PackedAttention:
+    rest, segments = iter(sizes.tolist()), []
+    for count in rest:
+        segments.append(Segment(next(rest), tuple(itertools.islice(rest, count))))
+    return PackedAttention(segments, window, device, flash=False)
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:  # noqa: ARG001  torch passes it by name
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+_attention.register_fake(lambda query, *_: torch.empty_like(query))
+_attention_backward.register_fake(lambda _grad, *inputs: tuple(torch.empty_like(x) for x in inputs[:3]))
+_attention.register_autograd(
+    lambda ctx, grad: (*_attention_backward(grad, *ctx.saved_tensors, ctx.window), None, None), setup_context=_save
+)
 
 
 @functools.cache

@@ -65,6 +65,10 @@ GPUS_PER_HOST = 8
 HOST_MEMORY_BYTES = 50e9  # a second; assumed: two channels of DDR5
 OPTIMIZER_BYTES = {"rmsprop": 70, "adamw": 114}
 
+# A checkpoint's copy into host memory, bytes a second: what this machine measures where the pages are there already
+# (benchmarks/RESULTS.md). Training waits for it, and not for the disk.
+STAGING_BYTES = 2.5e9
+
 
 def peak_flops(device_name: str) -> float | None:
     """By the name that torch.cuda.get_device_name gives; None for a device that is not in the table."""
@@ -251,6 +255,12 @@ def memory_gib(dims: MistralConfig, job: Job, scored: float, recompute: str) -> 
         + min(rows * dims.vocab_size * size, KEEP_BYTES)
         + CHUNK_ROWS * dims.vocab_size * (4 + size),
     }
+    # When backward has freed its parts, embedding and head are reduced in float32, and then the optimizer's
+    # multi-tensor step makes one temporary of every trained shard. With few tokens a GPU either may take more.
+    backward = sum(size for name, size in parts.items() if "shard" not in name)
+    after = max(4 * trained * held, 0 if job.lora or job.num_gpus == 1 else gathered + 4 * rest)
+    if after > backward:
+        parts["the optimizer's temporaries, beyond backward's peak"] = after - backward
     return {name: size / GIB for name, size in parts.items()}
 
 
@@ -284,6 +294,12 @@ def offload_bytes(dims: MistralConfig, job: Job) -> float:
     stored = job.dtype.itemsize if job.lora else 4
     trained = adapter if job.lora else layers + rest
     return (stored * (2 * layers + rest) + 4 * 2 * adapter + 4 * trained) / job.shards
+
+
+def checkpoint_bytes(dims: MistralConfig, job: Job) -> float:
+    """Of one checkpoint: what is trained and its optimizer state, in float32. A GPU's share of it is in host memory."""
+    trained = num_adapter_parameters(dims, job.lora) or sum(num_parameters(dims))
+    return trained * (12 if job.optimizer == "adamw" else 8)
 
 
 def host_seconds(dims: MistralConfig, job: Job) -> float:

@@ -76,9 +76,10 @@ def token_logps(
 
 
 def sequence_logps(logps: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
-    """Sum the token log-probabilities (R,) of each answer -> (S,), in nats. DPO needs the sum, never the mean.
+    """Sum the token log-probabilities (R,) of each answer -> (S,), in nats. DPO needs the sum, never the mean. Tokens
+    with `sequence` S belong to no answer and are left out.
 
     The sum is taken in float64. One after another in float32, a sum near -5000 would be off by 3e-3.
     """
-    total = torch.zeros(num_sequences, dtype=torch.float64, device=logps.device)
-    return total.index_add(0, sequence, logps.double()).to(logps.dtype)
+    total = torch.zeros(num_sequences + 1, dtype=torch.float64, device=logps.device)
+    return total.index_add(0, sequence, logps.double())[:num_sequences].to(logps.dtype)

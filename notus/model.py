@@ -11,8 +11,10 @@ Legend: T tokens of the stream, R rows that are scored, D model dimension, V voc
 heads, d head dimension.
 """
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +63,8 @@ def rotary_table(
         turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
-    angles = positions[:, None].to(wide) * frequencies  # (T, d/2)
-    return angles.cos()[:, None], angles.sin()[:, None]
+    angles = positions[:, None, None].to(wide) * frequencies  # (T, 1, d/2)
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int, rows: Tensor | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int, rows: Tensor | None = None
     ) -> Tensor:
         query = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, H, d)
         key = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)))  # (T, K, d)
@@ -108,24 +110,6 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, config: MistralConfig):
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int, rows: Tensor | None = None
-    ) -> Tensor:
-        """(T, D) -> (T, D). With `rows` only those rows of the stream are computed, (R, D): the last layer needs the
-        other tokens for their keys and values only."""
-        out = self.self_attn(self.input_layernorm(x), rotary, attend, layer, rows)
-        x = out + (x if rows is None else x[rows])
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
 # Activation checkpointing, from the least recomputation to the least memory. `elementwise` keeps the results of matrix
 # products and attention, and recomputes norms, rotary positions and SwiGLU in backward. `half` does so in every second
 # layer, and keeps only the input of the others. `full` keeps only the input of every layer.
@@ -146,6 +130,50 @@ def keep_products() -> tuple:
     return create_selective_checkpoint_contexts(policy)
 
 
+class DecoderLayer(nn.Module):
+    recompute = "none"  # or "elementwise" or "full"
+
+    def __init__(self, config: MistralConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int) -> Tensor:
+        """(T, D) -> (T, D)"""
+
+        def block(x: Tensor) -> Tensor:
+            x = x + self.self_attn(self.input_layernorm(x), rotary, attend, layer)
+            return x + self.mlp(self.post_attention_layernorm(x))
+
+        return self.run(block, x)
+
+    def run(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """block(x), recomputed in backward as far as `recompute` says. Nothing in a layer is random."""
+        if not torch.is_grad_enabled() or self.recompute == "none":
+            return block(x)
+        if self.recompute == "full":
+            return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, context_fn=keep_products)
+
+
+class LastLayer(DecoderLayer):
+    """It computes the scored rows alone: it needs the other tokens for their keys and values only. A class of its own,
+    because the compiler would otherwise compile one function twice, with and without `rows`."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, layer: int, rows: Tensor
+    ) -> Tensor:
+        """(T, D), rows (R,) -> (R, D)"""
+
+        def block(x: Tensor) -> Tensor:
+            x = x[rows] + self.self_attn(self.input_layernorm(x), rotary, attend, layer, rows)
+            return x + self.mlp(self.post_attention_layernorm(x))
+
+        return self.run(block, x)
+
+
 class Decoder(nn.Module):
     """Token ids -> normalized hidden states of the requested tokens."""
 
@@ -153,34 +181,41 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers - 1)]
+        self.layers = nn.ModuleList([*layers, LastLayer(config)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute, self.compiled = "none", False
+        self._recompute = "none"
 
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor) -> Tensor:
         """(T,), (T,), rows (R,) -> (R, D)"""
         x = self.embed_tokens(input_ids)  # (T, D)
         config = self.config
         rotary = rotary_table(positions, config.head_dim, config.rope_theta, x.dtype, config.rope_scaling)
-        for index, layer in enumerate(self.layers):
-            inputs = x, rotary, attend, index, rows if index == len(self.layers) - 1 else None
-            if not torch.is_grad_enabled() or self.recompute == "none":
-                x = layer(*inputs)
-            elif self.recompute == "full" or (self.recompute == "half" and index % 2 == 0):
-                x = checkpoint(layer, *inputs, use_reentrant=False)
-            elif self.compiled:
-                x = layer(*inputs)  # here the compiler recomputes (compile_layers)
-            else:
-                x = checkpoint(layer, *inputs, use_reentrant=False, context_fn=keep_products)
-        return self.norm(x)
+        *layers, last = self.layers
+        for index, layer in enumerate(layers):
+            x = layer(x, rotary, attend, index)
+        return self.norm(last(x, rotary, attend, len(layers), rows))
+
+    @property
+    def recompute(self) -> str:
+        """One of RECOMPUTE."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, level: str) -> None:
+        self._recompute = level
+        for index, layer in enumerate(cast(Iterable[DecoderLayer], self.layers)):
+            layer.recompute = ("full", "elementwise")[index % 2] if level == "half" else level
 
     def compile_layers(self) -> None:
-        """torch.compile each layer in place. No name changes, and streams of all lengths share one compilation. Set
-        `recompute` before."""
-        torch._functorch.config.aggressive_recomputation = self.recompute != "none"  # its name for `elementwise`
-        for layer in self.layers:
-            layer.compile(dynamic=True)
-        self.compiled = True
+        """torch.compile each layer in place. No parameter changes its name. Layers of a kind and streams of all lengths
+        share one compilation, so there are as many as tests/test_compile.py says. Past torch's limit of 8 for one
+        function it would go on uncompiled, and the other ranks would wait for this one: here that is an error."""
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # It warns of in-place operations in what is recomputed. A layer has none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+        for layer in self.layers:  # what FSDP2 does before and after a layer stays outside
+            vars(layer)["forward"] = torch.compile(layer.forward, dynamic=True)
 
 
 class Mistral(nn.Module):

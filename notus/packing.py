@@ -54,7 +54,7 @@ class Stream:
     positions: Tensor  # (T,)
     source: Tensor  # (R,) index into the stream of the token that predicts `target`
     target: Tensor  # (R,) token ids
-    sequence: Tensor  # (R,) in [0, S)
+    sequence: Tensor  # (R,) in [0, S); S for a token that belongs to no answer
     tokens: Tensor  # (S,) how many response tokens each answer has
     segments: tuple[Segment, ...]
     num_sequences: int
@@ -74,12 +74,16 @@ def pack(segments: Sequence[tuple[Ids, Sequence[Ids]]]) -> Stream:
     """Lay segments `(prompt_ids, [answer_ids, ...])` one after another. Answers are numbered in the order given, so for
     pairs `logps.view(P, 2)` has the chosen answers in column 0 and the rejected ones in column 1.
 
-    No segments at all give a stream of one token and no response. A rank that has no pair feeds it to its model, so
-    that it takes part in every collective and adds exactly nothing.
+    No segments at all give a stream of a pair that belongs to no one. A rank that has no pair feeds it to its model, so
+    that it takes part in every collective and adds exactly nothing. It has some tokens and rows, because the compiler
+    makes functions of their own for sizes 0 and 1.
     """
+    if not segments:
+        one, of_no_one = pack([([0] * 2, [[0] * 3, [0] * 4])]), torch.zeros(7, dtype=torch.int64)
+        return replace(one, sequence=of_no_one, tokens=of_no_one[:0], num_sequences=0)
     ids, positions, source, target, sequence, layout = [], [], [], [], [], []
     start = answer_count = 0
-    for prompt, answers in segments or [([0], [])]:
+    for prompt, answers in segments:
         if len(prompt) == 0:
             raise ValueError("a prompt needs at least one token (BOS, say) to predict the first token of an answer")
         ids.append(prompt)

@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # torch's optimizers import it in their first step
+import torch.distributed.checkpoint as dcp
 from forked import (
     FORKS,
     ROOT,
@@ -61,7 +62,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 import train
 from notus import config as configuration
 from notus import distributed
-from notus.checkpoint import Checkpoints, read_manifest, state_of
+from notus.checkpoint import DTYPES, Checkpoints, StreamingWriter, read_manifest, state_of
 from notus.distributed import World, full_tensor
 from notus.files import checksum
 from notus.optim import make_optimizer
@@ -368,6 +369,27 @@ def test_a_checkpoint_loads_bit_for_bit_on_any_layout(tmp_path: Path) -> None:
         assert as_ranks(size, replicate, save_one, directories[-1]) == [0] * size
     for size, replicate in ((1, 1), (2, 1), (4, 2)):
         assert as_ranks(size, replicate, load_all, directories) == [0] * size
+
+
+def test_a_file_is_the_one_that_torch_would_write(world: World, tmp_path: Path) -> None:
+    """The same tensors, read by safetensors, and the same metadata, for torch's reader. Scalars, empty tensors, every
+    dtype that a run may have."""
+    state = {str(dtype): torch.randn(5, 3).to(dtype) for dtype in DTYPES} | {"step": torch.tensor(7.0)}
+    state["empty"] = torch.empty(0, 4)
+    files = []
+    for kind in (StreamingWriter, HuggingFaceStorageWriter):
+        directory = tmp_path / kind.__name__
+        writer = kind(str(directory), save_distributed=True)
+        dcp.save(state, storage_writer=writer, process_group=world.mesh.get_group())
+        (path,) = directory.iterdir()
+        with safe_open(path, "pt") as file:
+            files.append((file.metadata(), {name: file.get_tensor(name) for name in file.keys()}))  # noqa: SIM118
+            assert same_tensors(files[-1][1], state)
+        assert (int.from_bytes(path.read_bytes()[:8], "little") + 8) % 8 == 0  # the tensors are aligned
+    (ours, _), (theirs, _) = files
+    names = {name: json.loads(metadata.pop("DCP_SHARDING_INFO")) for name, metadata in (("o", ours), ("t", theirs))}
+    assert names["o"] == names["t"]
+    assert ours == theirs
 
 
 # --- writing beside training ---------------------------------------------------------------------------------------

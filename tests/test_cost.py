@@ -20,10 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from notus import distributed
 from notus.attention import PackedAttention, sdpa
+from notus.checkpoint import make_state, state_of
 from notus.cost import (
     RESERVE_GIB,
     Job,
     activation_bytes,
+    checkpoint_bytes,
     forward_flops,
     least_recomputation,
     memory_gib,
@@ -246,7 +248,8 @@ def test_activations_are_what_is_alive_after_a_forward_pass(
     copies *= {"none": 1, "elementwise": 0, "half": 0, "full": 0}[level]
     kept = tokens * sum(kept_on_cpu(config, dtype, each, lora) for each in levels) + copies
     if lora and level == "none":  # a frozen norm does not keep its normalized row, of float32
-        kept -= 2 * tokens * 2 * config.hidden_size * 4
+        of_heads = config.qk_norm * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+        kept -= 2 * tokens * (2 * config.hidden_size + of_heads) * 4
     assert alive[1] - alive[0] == kept
 
 
@@ -395,6 +398,41 @@ def test_memory_beside_the_shards_does_not_depend_on_the_gpus_but_on_the_tokens(
     one, two = rest(), rest(micro_batch_tokens=16384)
     assert {name for name in one if one[name] != two[name]} == {"activations", "head, scored rows and softmax"}
     assert two["activations"] == pytest.approx(2 * one["activations"])
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def test_a_checkpoint_has_the_bytes_of_its_state(optimizer: str, lora: LoRA | None):
+    model = tiny_model(tiny_config(), dtype=torch.float32)
+    if lora:
+        add_lora(model, lora, torch.bfloat16)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimize = make_optimizer(trained, optimizer, 1e-5, weight_decay=0.0)
+    make_state(optimize)
+    state = state_of(model, optimize)
+    saved = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith(".step"))  # a number each
+    assert checkpoint_bytes(model.config, job(optimizer=optimizer, lora=lora)) == saved
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def test_the_optimizers_step_takes_one_more_copy_of_what_is_trained(optimizer: str):
+    """The multi-tensor step that GPUs take, on real numbers. With few tokens on few GPUs that is the peak."""
+    model = tiny_model(tiny_config(), dtype=torch.float32)
+    optimize = make_optimizer(model.parameters(), optimizer, 1e-5, weight_decay=0.0)
+    optimize.param_groups[0]["foreach"] = True
+    make_state(optimize)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with Peak() as alive:
+        alive.outside = set()
+        optimize.step()
+    trained = sum(parameter.nbytes for parameter in model.parameters())
+    assert trained <= alive.peak < 1.01 * trained
+
+    parts = memory("full", num_gpus=2, micro_batch_tokens=64, optimizer=optimizer)
+    shards = sum(gib for name, gib in parts.items() if "shard" in name)
+    assert sum(parts.values()) - shards == pytest.approx(4 * 7_241_732_096 / 2 / 2**30)
+    assert not any("temporaries" in name for name in memory("full"))
 
 
 def test_what_a_layer_computes_again_is_there_once():

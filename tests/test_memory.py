@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from tiny import run_ranks, save_checkpoint, tiny_config
 
 from notus import distributed, weights
+from notus.checkpoint import StreamingWriter
 from notus.dims import MistralConfig
 from notus.model import Mistral
 
@@ -79,3 +81,22 @@ def test_a_rank_needs_its_shard_and_one_tensor(base: Path, tmp_path: Path, num_r
         assert whole / num_ranks * 0.7 < loading < whole / num_ranks + 1.5 * largest  # it does hold its shard
         assert exporting < 5 * largest  # gathered, and on rank 0 whole: never the model
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == pytest.approx(whole, rel=1e-3)
+
+
+def write_a_state(output: Path) -> None:
+    distributed.start("cpu")
+    state = {f"tensor {number}": torch.randn(2**22) for number in range(8)}  # 128 MiB in 16 MiB tensors
+    (output / "state").mkdir()
+    with Peak() as writing:
+        dcp.save(state, storage_writer=StreamingWriter(str(output / "state"), save_distributed=True))
+    (output / "peak.json").write_text(json.dumps(writing.bytes))
+    distributed.stop()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_writing_a_checkpoint_copies_nothing(tmp_path: Path):
+    """torch's own writer holds the state twice more."""
+    run_ranks(1, write_a_state, tmp_path)
+    peak = json.loads((tmp_path / "peak.json").read_text())
+    print(f"writing 128 MiB took {peak / MIB:.1f} MiB")
+    assert peak < 24 * MIB
