@@ -746,7 +746,8 @@ def read_pairs(
 
 def pairs_of(record: Record, options: Options, marks: Marks | None, counts: Counter[str]) -> list[tuple[str, bytes]]:
     """The (prompt_id, line) of each pair of a record. `counts` gets what happened to it."""
-    compare_rules(record, counts)
+    if not options.scores:
+        compare_rules(record, counts)
     if options.repair:
         record, done = repair(record, options.repair)
         after = Counter[str]()
@@ -829,7 +830,7 @@ def table(counts: Counter[str], written: dict[Path, int]) -> str:
     rows += [("pairs", pairs, records)]
     rows += [(f"  in {path}", count, pairs) for path, count in written.items()]
     rows += [("  whose prompt repeats another's", counts["repeats"], pairs)]
-    return layout(rows + rows_of_the_rules(counts))
+    return layout(rows + (rows_of_the_rules(counts) if "tens" in counts else []))
 
 
 def rows_of_the_rules(counts: Counter[str]) -> list[tuple[str, int, int]]:

@@ -867,11 +867,12 @@ def test_scored_answers_make_the_pairs_of_the_ratings(key, names, tmp_path):
     assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
-def test_scores_have_any_scale_and_names_may_be_absent(tmp_path):
+def test_scores_have_any_scale_and_names_may_be_absent(tmp_path, capsys):
     row = {"prompt": "x", "answers": ["a", "b", "c", "d"], "logit": [-3.5, -0.25, None, -2e4]}
     output = tmp_path / "pairs.jsonl"
     lists = write_lines(tmp_path / "scored.jsonl", [row])
     assert run(lists, "--output", output, "--scores", "logit", "--rejected", "all", "--min-margin", "3") == 0
+    assert "overall_score" not in capsys.readouterr().out
     found = [(p["rejected"][-1]["content"], p["score_rejected"]) for p in read(output)]
     assert found == [("a", -3.5), ("d", -2e4)]
     assert {(p["score_chosen"], p["source"], p["chosen_model"]) for p in read(output)} == {(-0.25, "", "")}
