@@ -49,6 +49,7 @@ from notus.cost import forward_flops
 from notus.evaluate import score
 from notus.files import write_atomically
 from notus.generate import generate
+from notus.losses import PreferenceLoss
 from notus.optim import lr_at, make_optimizer
 from notus.packing import training_steps
 from notus.tokens import PairSet, load_pairs
@@ -226,7 +227,7 @@ class Bench:
         ):  # fmt: skip
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, total, total // 10, LEARNING_RATE)
-            result = train.train_step(model, optimizer, micro_batches, reference, len(rows), self.alone, beta=BETA)
+            result = train.train_step(model, optimizer, micro_batches, reference, len(rows), self.alone, preference_loss=PreferenceLoss("dpo", BETA))
             if not result.finite:
                 raise ValueError(f"step {step + 1} is not finite")
         model.requires_grad_(False)

@@ -5,6 +5,7 @@ it. Most tests count graphs only, with a backend that generates no code.
 """
 
 import logging
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -139,14 +140,17 @@ def flash_backward(grad, query, key, value, _out, _lse, query_ends, key_ends, *r
 def flash_on_cpu(monkeypatch: pytest.MonkeyPatch):
     """torch's own operation for variable lengths, with CPU kernels in it. The streams then take the way that they take
     on GPUs."""
-    varlen._varlen_attn.register_kernel("cpu")(flash_forward)
-    varlen._varlen_attn_backward.register_kernel("cpu")(flash_backward)
+    kernels = {varlen._varlen_attn: flash_forward, varlen._varlen_attn_backward: flash_backward}
     init = PackedAttention.__init__
     monkeypatch.setattr(PackedAttention, "__init__", lambda *arguments: init(*arguments, flash=True))
     CALLS.update(forward=0, backward=0)
-    yield
-    with varlen._varlen_attn.set_kernel_enabled("cpu", False):
-        pass
+    with ExitStack() as stack:
+        for operation, kernel in kernels.items():
+            operation.register_kernel("cpu")(kernel)
+            stack.enter_context(operation.set_kernel_enabled("cpu", True))
+        yield
+    for operation in kernels:  # and from now on not in the other tests of this process
+        operation.set_kernel_enabled("cpu", False).__enter__()
 
 
 @pytest.mark.usefixtures("flash_on_cpu")
