@@ -19,7 +19,7 @@ from notus.attention import PackedAttention, sdpa
 from notus.lora import TARGETS, LoRA, add_lora
 from notus.lora import initialize as initialize_lora
 from notus.model import Mistral, pair_logps
-from notus.packing import pack_pairs
+from notus.packing import pack, pack_pairs
 
 # With and without gradients, times the last layer and the others. In every second layer `half` recomputes otherwise.
 GRAPHS = {"none": 4, "elementwise": 4, "half": 5, "full": 4}
@@ -80,6 +80,16 @@ def test_with_lora_the_first_layer_has_one_more(monkeypatch: pytest.MonkeyPatch)
     initialize_lora(model, seed=0)
     run_steps(compiled(monkeypatch, model, "none", "eager"), 8)
     assert num_graphs() == GRAPHS["none"] + FIRST_LAYER
+
+
+def test_sizes_that_are_equal_in_the_first_stream_are_not_taken_to_be_equal_always(monkeypatch: pytest.MonkeyPatch):
+    """As many tokens as columns, and as many pieces as half a head has."""
+    config = tiny_config(hidden_size=12, head_dim=8)
+    model = compiled(monkeypatch, tiny_model(config, dtype=torch.float32), "none", "eager")
+    for prompt, answers in ((2, (4, 6)), (3, (4, 6)), (3, (2, 9))):
+        stream = pack([([1] * prompt, [[1] * answer for answer in answers])])
+        pair_logps(model, stream)
+    assert num_graphs() == 2
 
 
 def test_under_fsdp2_there_are_no_more(monkeypatch: pytest.MonkeyPatch):
