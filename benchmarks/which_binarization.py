@@ -227,7 +227,15 @@ class Bench:
         ):  # fmt: skip
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, total, total // 10, LEARNING_RATE)
-            result = train.train_step(model, optimizer, micro_batches, reference, len(rows), self.alone, preference_loss=PreferenceLoss("dpo", BETA))
+            result = train.train_step(
+                model,
+                optimizer,
+                micro_batches,
+                reference,
+                len(rows),
+                self.alone,
+                preference_loss=PreferenceLoss("dpo", BETA),
+            )
             if not result.finite:
                 raise ValueError(f"step {step + 1} is not finite")
         model.requires_grad_(False)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -212,6 +213,8 @@ class Decoder(nn.Module):
         share one compilation, so there are as many as tests/test_compile.py says. Past torch's limit of 8 for one
         function it would go on uncompiled, and the other ranks would wait for this one: here that is an error."""
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        # Otherwise a first stream with as many tokens as a layer has columns, say, would be taken to have them always.
+        torch.fx.experimental._config.use_duck_shape = False
         # It warns of in-place operations in what is recomputed. A layer has none.
         logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for layer in self.layers:  # what FSDP2 does before and after a layer stays outside

@@ -267,11 +267,12 @@ def look_up(cache: ReferenceCache, pairs: PairSet) -> Tensor:
 def rounding(lengths: Tensor, reference: Tensor, dtype: torch.dtype) -> Tensor:
     """How far two log-probs (P, 2) of one model and text may lie apart, in nats; `lengths` (P, 2) of the answers.
 
-    Two passes that put a pair into other micro-batches differ by rounding alone: a token's log-prob by some 16 eps of
-    the compute dtype, in either direction, so a sum of n by 16 eps sqrt(n); and the stored float32 sum by 4 eps. Other
-    weights, another template or other lengths are off by whole nats.
+    Two passes with other kernels or micro-batches differ by rounding alone: a token's log-prob by some 8 eps of the
+    compute dtype, in either direction, so a sum of n by 8 eps sqrt(n) (benchmarks/rounding.py, a model of 30 layers).
+    Eight times that is allowed, because one false alarm among 123,238 sums ends a run; and 4 eps of the stored float32
+    sum. Other weights, another template or other lengths are off by more: 0.1 nats a token are 30 of 300.
     """
-    return 16 * torch.finfo(dtype).eps * lengths.sqrt() + 4 * torch.finfo(torch.float32).eps * reference.abs()
+    return 64 * torch.finfo(dtype).eps * lengths.sqrt() + 4 * torch.finfo(torch.float32).eps * reference.abs()
 
 
 def verify(

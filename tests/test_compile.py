@@ -20,7 +20,7 @@ from notus.attention import PackedAttention, sdpa
 from notus.lora import TARGETS, LoRA, add_lora
 from notus.lora import initialize as initialize_lora
 from notus.model import Mistral, pair_logps
-from notus.packing import pack_pairs
+from notus.packing import pack, pack_pairs
 
 # With and without gradients, times the last layer and the others. In every second layer `half` recomputes otherwise.
 GRAPHS = {"none": 4, "elementwise": 4, "half": 5, "full": 4}
@@ -83,6 +83,16 @@ def test_with_lora_the_first_layer_has_one_more(monkeypatch: pytest.MonkeyPatch)
     assert num_graphs() == GRAPHS["none"] + FIRST_LAYER
 
 
+def test_sizes_that_are_equal_in_the_first_stream_are_not_taken_to_be_equal_always(monkeypatch: pytest.MonkeyPatch):
+    """As many tokens as columns, and as many pieces as half a head has."""
+    config = tiny_config(hidden_size=12, head_dim=8)
+    model = compiled(monkeypatch, tiny_model(config, dtype=torch.float32), "none", "eager")
+    for prompt, answers in ((2, (4, 6)), (3, (4, 6)), (3, (2, 9))):
+        stream = pack([([1] * prompt, [[1] * answer for answer in answers])])
+        pair_logps(model, stream)
+    assert num_graphs() == 2
+
+
 def test_under_fsdp2_there_are_no_more(monkeypatch: pytest.MonkeyPatch):
     """In bfloat16, so that a process alone is sharded too."""
     world = distributed.start("cpu")
@@ -109,6 +119,7 @@ def test_past_the_limit_a_run_fails(monkeypatch: pytest.MonkeyPatch):
 # --- FlashAttention's way, with kernels of the same formula -----------------------------------------------------------
 
 CALLS = {"forward": 0, "backward": 0}
+OFF = ExitStack()  # never left
 
 
 def pieces(query, key, value, query_ends, key_ends, window_size):
@@ -149,8 +160,8 @@ def flash_on_cpu(monkeypatch: pytest.MonkeyPatch):
             operation.register_kernel("cpu")(kernel)
             stack.enter_context(operation.set_kernel_enabled("cpu", True))
         yield
-    for operation in kernels:  # and from now on not in the other tests of this process
-        operation.set_kernel_enabled("cpu", False).__enter__()
+    for operation in kernels:  # from now on they are off, for the other tests of this process
+        OFF.enter_context(operation.set_kernel_enabled("cpu", False))
 
 
 @pytest.mark.usefixtures("flash_on_cpu")
