@@ -20,7 +20,7 @@ from notus.base import Frame, read_base
 from notus.model import Mistral
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["CONTRIBUTING.md", "docs/design.md", "docs/dpo.md", "docs/library.md", "train.slurm"]
+DOCUMENTS = ["CONTRIBUTING.md", "docs/design.md", "docs/dpo.md", "docs/judge.md", "docs/library.md", "train.slurm"]
 
 
 def read(name: str) -> str:
