@@ -29,6 +29,7 @@ import train
 from notus import attention, distributed
 from notus.distributed import World
 from notus.lora import TARGETS, LoRA, add_lora
+from notus.losses import PreferenceLoss
 from notus.model import pair_logps
 from notus.optim import make_optimizer
 from notus.packing import pack_pairs
@@ -103,7 +104,14 @@ def one(level: str, ways: list[str]) -> dict[str, object]:
         for stream in streams:
             members = np.arange(stream.num_sequences // 2)
             step = train.train_step(
-                model, optimizer, [(members, stream)], torch.zeros(3, 2), 3, world, beta=0.1, max_grad_norm=1.0
+                model,
+                optimizer,
+                [(members, stream)],
+                torch.zeros(3, 2),
+                3,
+                world,
+                preference_loss=PreferenceLoss("dpo", 0.1),
+                max_grad_norm=1.0,
             )
             assert step.finite
         waits = list(WAITS)

@@ -1,6 +1,7 @@
 """The client against a real HTTP server that answers, fails, stalls, and talks nonsense."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -50,14 +51,20 @@ def test_a_key_a_system_turn_and_bos_are_sent_where_they_are_wanted(serve, monke
 
 
 def test_requests_run_at_once_up_to_the_limit(serve):
-    def slow(handler, body, number):
-        time.sleep(0.05)
-        echo(handler, body, number)
-
     for limit in (1, 4):
-        fake = serve(slow)
-        assert len(dict(Server(fake.url, "m", concurrency=limit).ask(requests(12)))) == 12
-        assert fake.most_busy == limit
+        together, lock, busy, most = threading.Barrier(limit, timeout=30), threading.Lock(), [0], [0]
+
+        def behave(handler, body, number, together=together, lock=lock, busy=busy, most=most):
+            with lock:
+                busy[0] += 1
+                most[0] = max(most[0], busy[0])
+            together.wait()  # as many as the limit come before one is answered
+            with lock:
+                busy[0] -= 1
+            echo(handler, body, number)
+
+        assert len(dict(Server(serve(behave).url, "m", concurrency=limit).ask(requests(12)))) == 12
+        assert most == [limit]
 
 
 def test_seeds_differ_by_question_and_by_run():
@@ -177,7 +184,10 @@ def test_a_failure_keeps_what_was_answered_and_a_rerun_asks_for_the_rest(serve, 
 
 
 def test_requests_under_way_are_kept_when_another_fails(serve):
+    together = threading.Barrier(3, timeout=30)
+
     def behave(handler, body, number):
+        together.wait()
         if body["messages"][0]["content"] == "number 0":
             reply(handler, b"", 400)
         else:

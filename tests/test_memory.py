@@ -79,7 +79,7 @@ def test_a_rank_needs_its_shard_and_one_tensor(base: Path, tmp_path: Path, num_r
         loading, exporting = json.loads((tmp_path / f"{rank}.json").read_text())
         print(f"rank {rank} of {num_ranks}: loading {loading / MIB:.0f} MiB, export {exporting / MIB:.0f} MiB")
         assert whole / num_ranks * 0.7 < loading < whole / num_ranks + 1.5 * largest  # it does hold its shard
-        assert exporting < 5 * largest  # gathered, and on rank 0 whole: never the model
+        assert exporting < 6 * largest  # gathered, and on rank 0 whole: never the model
     assert (tmp_path / "out" / "model.safetensors").stat().st_size == pytest.approx(whole, rel=1e-3)
 
 
