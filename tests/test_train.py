@@ -15,7 +15,6 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -362,14 +361,12 @@ def test_recomputation_changes_nothing(run, finished: Path, level: str):
     assert_same_run(run(f"train.activation_checkpointing={level}"), finished, tolerance=0)
 
 
-@pytest.mark.parametrize(("level", "backend"), [("none", "aot_eager"), ("elementwise", "inductor")])
-def test_compiled_layers_are_the_same_run(run, finished: Path, tmp_path: Path, monkeypatch, level: str, backend: str):
-    """Compiled once for streams of any length. Only one of the levels is compiled to machine code, which takes long."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+def test_compiled_layers_are_the_same_run(run, finished: Path, tmp_path: Path):
+    """Compiled once for streams of any length, and here to machine code; test_compile.py has all levels without it."""
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    settings = "train.compile=true", f"train.activation_checkpointing={level}", f"reference.cache_dir={tmp_path}"
+    settings = "train.compile=true", "train.activation_checkpointing=elementwise", f"reference.cache_dir={tmp_path}"
     assert_same_run(run(*settings), finished, tolerance=1e-5)
     # With and without gradients; the last layer, of which only some rows are wanted, and the others. The streams of the
     # run have some 30 different lengths.
@@ -411,11 +408,8 @@ def test_one_two_and_four_processes_are_one_run(
     assert_same_run(out, finished, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("compiled", ["false", "true"])  # with FSDP's hooks around the compiled layers
-def test_a_bfloat16_run_starts_at_log_2_within_its_rounding(run, finished: Path, monkeypatch, compiled: str):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    settings = "train.compute_dtype=bfloat16", "train.num_train_epochs=1", "train.export_dtype=bfloat16"
-    out = run(*settings, f"train.compile={compiled}")
+def test_a_bfloat16_run_starts_at_log_2_within_its_rounding(run, finished: Path):
+    out = run("train.compute_dtype=bfloat16", "train.num_train_epochs=1", "train.export_dtype=bfloat16")
     lines = training(out)
     assert len(lines) == 4
     # The check of the first step lets 64 eps sqrt(24 tokens) = 2.4 nats a sum pass.
