@@ -128,7 +128,7 @@ def parse_question(where: str, record: Any) -> Question:
     return Question(where, instruction, answers)
 
 
-def answer_all(
+def greedy_answers(
     base: Base, frame: Frame, questions: Sequence[Question], device: torch.device, dtype: torch.dtype,
     max_new_tokens: int, batch_size: int,
 ) -> list[str]:  # fmt: skip
@@ -151,7 +151,7 @@ def exact_match(
     answers, right = {}, {}
     for base, frame in models:
         name = str(base.path)
-        answers[name] = answer_all(base, frame, questions, device, dtype, max_new_tokens, batch_size)
+        answers[name] = greedy_answers(base, frame, questions, device, dtype, max_new_tokens, batch_size)
         right[name] = [question.accepts(answer) for question, answer in zip(questions, answers[name], strict=True)]
     if output:
         rows = [

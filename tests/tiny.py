@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -177,17 +176,14 @@ def run_ranks(num_ranks: int, work: Callable, *arguments, fresh: bool = False) -
     forked from one that has imported torch, unless they must be `fresh`."""
     import forked  # here: it imports this file
 
-    forked.start_server()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    how = "spawn" if fresh else "forkserver"
+    if not fresh:
+        forked.start_server()
     torch.multiprocessing.start_processes(
-        _run_rank, (num_ranks, port, work, arguments), nprocs=num_ranks, start_method=how
-    )
+        _run_rank, (forked.torchrun(num_ranks), work, arguments), nprocs=num_ranks,
+        start_method="spawn" if fresh else "forkserver",
+    )  # fmt: skip
 
 
-def _run_rank(rank: int, num_ranks: int, port: int, work: Callable, arguments: tuple) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _run_rank(rank: int, environments: list[dict[str, str]], work: Callable, arguments: tuple) -> None:
+    os.environ |= environments[rank]
     work(*arguments)
