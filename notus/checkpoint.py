@@ -45,14 +45,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from notus.distributed import World, from_rank_zero, on_rank_zero, sum_over_ranks
 from notus.files import checksum, fsync, read_json, set_aside, text_digest, write_atomically
+from notus.weights import safetensors_header
 
 MANIFEST = "checkpoint.json"
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-}  # safetensors' names
 FIELDS = {"step": int, "identity": dict, "window": list, "lines": list, "stall_seconds": float, "files": dict}
 
 
@@ -201,9 +196,14 @@ class StreamedFiles(FileSystemWriter):
             path, name, items = file_queue.get_nowait()
             found = ((item.index.fqn, cast(Tensor, planner.resolve_data(item))) for item in items)
             tensors = {name: tensor.detach().contiguous() for name, tensor in found}
+            # Where in the whole tensor each begins, as torch's reader looks for it.
             offsets = {item.index.fqn: {"saved_offsets": list(item.tensor_data.chunk.offsets)} for item in items}
+            metadata = {
+                CUSTOM_METADATA_KEY: json.dumps(offsets), DCP_VERSION_KEY: str(HF_DCP_VERSION),
+                FORMAT_KEY: FORMAT_VALUE,
+            }  # fmt: skip
             with open(path, "wb") as file:
-                file.write(safetensors_header(tensors, offsets))
+                file.write(safetensors_header(((n, t.dtype, t.shape) for n, t in tensors.items()), metadata))
                 for tensor in tensors.values():
                     file.write(tensor.view(-1).view(torch.uint8).numpy().data)
                 file.flush()
@@ -217,24 +217,6 @@ class StreamedFiles(FileSystemWriter):
 
 class StreamingWriter(HuggingFaceStorageWriter, StreamedFiles):
     """torch's writer, whose `write_data` calls `_write_data` of the class that comes next: the one above."""
-
-
-def safetensors_header(tensors: dict[str, Tensor], offsets: dict[str, dict[str, list[int]]]) -> bytes:
-    """The first bytes of a safetensors file that holds `tensors` in that order. `offsets`: where in the whole tensor
-    each of them begins, as torch's reader looks for it."""
-    metadata = {
-        CUSTOM_METADATA_KEY: json.dumps(offsets),
-        DCP_VERSION_KEY: str(HF_DCP_VERSION),
-        FORMAT_KEY: FORMAT_VALUE,
-    }
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    return len(text).to_bytes(8, "little") + text
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

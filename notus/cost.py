@@ -296,10 +296,10 @@ def offload_bytes(dims: MistralConfig, job: Job) -> float:
     return (stored * (2 * layers + rest) + 4 * 2 * adapter + 4 * trained) / job.shards
 
 
-def checkpoint_bytes(dims: MistralConfig, job: Job) -> float:
+def checkpoint_bytes(dims: MistralConfig, optimizer: str, lora: LoRA | None = None) -> int:
     """Of one checkpoint: what is trained and its optimizer state, in float32. A GPU's share of it is in host memory."""
-    trained = num_adapter_parameters(dims, job.lora) or sum(num_parameters(dims))
-    return trained * (12 if job.optimizer == "adamw" else 8)
+    trained = num_adapter_parameters(dims, lora) or sum(num_parameters(dims))
+    return trained * (12 if optimizer == "adamw" else 8)
 
 
 def host_seconds(dims: MistralConfig, job: Job) -> float:

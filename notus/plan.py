@@ -100,7 +100,7 @@ def describe_cost(
         on_gpus = memory_gib(dims, replace(job, cpu_offload=False), scored, "full")
         in_host = job.num_gpus * sum(gib for name, gib in on_gpus.items() if "shard" in name)
         lines.append(f"  {in_host:>10.2f} GiB  in host memory: weights, gradients and optimizer state of all GPUs")
-    saved = checkpoint_bytes(dims, job)
+    saved = checkpoint_bytes(dims, job.optimizer, job.lora)
     lines.append(
         f"checkpoint  {saved / GIB:.2f} GiB; training waits {saved / job.shards / STAGING_BYTES:.1f} s while "
         f"{saved / job.shards / GIB:.2f} of them are copied from each GPU to its host, which keeps the copy"

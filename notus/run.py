@@ -35,7 +35,15 @@ from notus import config as configuration
 from notus.base import Base, Frame, read_base
 from notus.checkpoint import Checkpoints
 from notus.config import Config
-from notus.cost import GIB, Job, least_recomputation, num_adapter_parameters, num_parameters, scored_share
+from notus.cost import (
+    GIB,
+    Job,
+    checkpoint_bytes,
+    least_recomputation,
+    num_adapter_parameters,
+    num_parameters,
+    scored_share,
+)
 from notus.distributed import World, from_rank_zero, on_rank_zero, rank, world_size
 from notus.files import file_digest, lock, make_folder, read_json, text_digest, write_atomically
 from notus.lora import LoRA
@@ -89,12 +97,11 @@ class Run:
 
     def disk_notes(self, inputs: "Inputs") -> list[str]:
         """Whether the disk has room for what the run will write: one more checkpoint than are kept, and the result."""
-        settings, parameters = self.facts["settings"], sum(num_parameters(inputs.base.dims))
-        trained = num_adapter_parameters(inputs.base.dims, self.lora) or parameters
-        checkpoint = trained * (12 if settings["train.optimizer"] == "adamw" else 8)
-        result = parameters * (2 if settings["train.export_dtype"] == "bfloat16" else 4)
+        settings, dims = self.facts["settings"], inputs.base.dims
+        checkpoint = checkpoint_bytes(dims, settings["train.optimizer"], self.lora)
+        result = sum(num_parameters(dims)) * (2 if settings["train.export_dtype"] == "bfloat16" else 4)
         if settings["lora.export"] == "adapter":
-            result = 4 * trained
+            result = 4 * num_adapter_parameters(dims, self.lora)
         kept = len(self.checkpoints.complete())
         needed = checkpoint * max(1, settings["train.keep_checkpoints"] + 1 - kept) + result
         free = shutil.disk_usage(self.output).free

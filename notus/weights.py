@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -31,8 +31,9 @@ COPIED = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json", "LICENSE",
 )  # fmt: skip
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # in a safetensors header
-READABLE = ("F32", "F16", "BF16", "F64")
+# In a safetensors header.
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+READABLE = tuple(DTYPE_NAMES.values())
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 OTHER_MODEL = "The files are of different models, or incomplete: download them again"
@@ -458,22 +459,25 @@ def write_file(
             pass
 
 
+def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a .safetensors file before its tensors (https://github.com/huggingface/safetensors): the length of
+    the header (u64, little-endian), and the header as JSON padded to 8 bytes. tensors: (name, dtype, shape) of each."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def _safetensors(
     tensors: list[tuple[str, Tensor]], dtype: torch.dtype, layers: Mapping[str, LoRALinear]
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a .safetensors file (https://github.com/huggingface/safetensors), one tensor in memory at a time.
-
-    They are the length of the header (u64, little-endian), the header as JSON padded to 8 bytes, then the tensors.
-    """
-    header: dict = {"__metadata__": {"format": "pt"}}  # older transformers refuse files that do not say so
-    offset = 0
-    for name, tensor in tensors:
-        end = offset + tensor.numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
+    """The bytes of a .safetensors file, one tensor in memory at a time."""
+    # Older transformers refuse files that do not name their format.
+    yield safetensors_header([(name, dtype, tensor.shape) for name, tensor in tensors], {"format": "pt"})
     for name, tensor in tensors:
         whole = merged(layers[name]) if name in layers else full_tensor(tensor.detach())
         whole = whole.to(dtype).cpu().contiguous()

@@ -62,7 +62,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 import train
 from notus import config as configuration
 from notus import distributed
-from notus.checkpoint import DTYPES, Checkpoints, StreamingWriter, read_manifest, state_of
+from notus.checkpoint import Checkpoints, StreamingWriter, read_manifest, state_of
 from notus.distributed import World, full_tensor
 from notus.files import checksum
 from notus.optim import make_optimizer
@@ -70,6 +70,7 @@ from notus.packing import Stream, batch
 from notus.reference import RECORD, ReferenceCache, reference_logps
 from notus.run import Preempted, Run
 from notus.tokens import PairSet
+from notus.weights import DTYPE_NAMES
 
 
 @pytest.fixture
@@ -374,7 +375,7 @@ def test_a_checkpoint_loads_bit_for_bit_on_any_layout(tmp_path: Path) -> None:
 def test_a_file_is_the_one_that_torch_would_write(world: World, tmp_path: Path) -> None:
     """The same tensors, read by safetensors, and the same metadata, for torch's reader. Scalars, empty tensors, every
     dtype that a run may have."""
-    state = {str(dtype): torch.randn(5, 3).to(dtype) for dtype in DTYPES} | {"step": torch.tensor(7.0)}
+    state = {str(dtype): torch.randn(5, 3).to(dtype) for dtype in DTYPE_NAMES} | {"step": torch.tensor(7.0)}
     state["empty"] = torch.empty(0, 4)
     files = []
     for kind in (StreamingWriter, HuggingFaceStorageWriter):

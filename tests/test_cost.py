@@ -410,7 +410,7 @@ def test_a_checkpoint_has_the_bytes_of_its_state(optimizer: str, lora: LoRA | No
     make_state(optimize)
     state = state_of(model, optimize)
     saved = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith(".step"))  # a number each
-    assert checkpoint_bytes(model.config, job(optimizer=optimizer, lora=lora)) == saved
+    assert checkpoint_bytes(model.config, optimizer, lora) == saved
 
 
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
