@@ -791,28 +791,34 @@ def test_a_stopped_run_names_the_checkpoint_that_there_is(home: Path, truth: Pat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
-def test_no_rank_outlives_torchrun(home: Path, tmp_path: Path) -> None:
-    """A kill of the agent alone, by the kernel's OOM killer, say, is a preemption for its ranks."""
-    out = tmp_path / "out"
-    command, environment = endless(out), os.environ | {"OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        agent = subprocess.Popen(command, cwd=home, stdout=log, stderr=log, env=environment)
-    wait_until(lambda: last_step(out) > 2, agent)
-    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-    assert len(children) == 2
-    agent.kill()
-    agent.wait()
-    deadline = time.monotonic() + 60
-    try:
-        while any(map(is_alive, children)):
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.1)
-    finally:
-        for pid in filter(is_alive, children):
-            os.kill(int(pid), signal.SIGKILL)
-    status, text = read_status(out), (tmp_path / "log").read_text()
-    assert status["state"] == "preempted" and status["step"] == steps_of(out)[-1] == last_step(out), text
-    assert "Traceback" not in text, text
+def test_torchrun_hands_signals_on_and_no_rank_outlives_it(home: Path, tmp_path: Path) -> None:
+    """Two ranks, asked by way of torchrun's agent, agree on the step. They go on, and then the agent alone is killed, by
+    the kernel's OOM killer, say: that is a preemption for its ranks."""
+    out, stopped = tmp_path / "out", 0
+    for end in (lambda agent: agent.send_signal(signal.SIGUSR1), lambda agent: agent.kill()):
+        with (tmp_path / "log").open("w") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            agent = subprocess.Popen(endless(out), cwd=home, stdout=log, stderr=log, env=environment)
+        wait_until(lambda stopped=stopped: last_step(out) > stopped + 2, agent)
+        ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        assert len(ranks) == 2
+        end(agent)
+        agent.wait(60)
+        deadline = time.monotonic() + 60
+        try:
+            while any(map(is_alive, ranks)):
+                assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+        finally:
+            for pid in filter(is_alive, ranks):
+                os.kill(int(pid), signal.SIGKILL)
+        status, text = read_status(out), (tmp_path / "log").read_text()
+        assert status["state"] == "preempted" and "Traceback (most recent call last):\n  File \"/" not in text, text
+        assert status["step"] == steps_of(out)[-1] == last_step(out) > stopped, text
+        stopped = status["step"]
+        assert read_manifest(out / "checkpoints" / f"step-{stopped:08d}")[1] == ""
+        assert f"stopped after step {stopped:,}, as asked" in text
+    assert "resuming    after step" in text and "Traceback" not in text, text
 
 
 def is_alive(pid: str) -> bool:
@@ -829,29 +835,6 @@ def endless(out: Path) -> list[str]:
     command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", str(ROOT / "train.py"), "run.toml"]
     command += [f"train.output_dir={out}", "train.num_train_epochs=10000", "train.eval_steps=100000"]
     return [*command, "train.save_steps=100000", "train.learning_rate=1e-6"]
-
-
-def test_torchrun_hands_signals_on(home: Path, tmp_path: Path) -> None:
-    """Two ranks, asked by way of torchrun's agent, agree on the step; and again, when they went on."""
-    out, stopped = tmp_path / "out", 0
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        with (tmp_path / "log").open("w") as log:
-            agent = subprocess.Popen(
-                endless(out), cwd=home, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-        wait_until(lambda stopped=stopped: last_step(out) > stopped + 2, agent)
-        agent.send_signal(number)
-        agent.wait(60)
-        text = (tmp_path / "log").read_text()
-        status = read_status(out)
-        assert status["state"] == "preempted", text
-        assert status["step"] > stopped
-        stopped = status["step"]
-        assert steps_of(out)[-1] == stopped == last_step(out)
-        assert read_manifest(out / "checkpoints" / f"step-{stopped:08d}")[1] == ""
-        assert f"stopped after step {stopped:,}, as asked" in text
-        print(f"torchrun ended with {agent.returncode} after {number.name}")
-    assert "resuming    after step" in text
 
 
 # --- which run it is -----------------------------------------------------------------------------------------------

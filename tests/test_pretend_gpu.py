@@ -14,11 +14,10 @@ import torch
 from notus.losses import METRICS
 
 WAYS = [  # each level and each way at least once; with WAYS=all in the environment, the rest too
-    ("none", "eager"), ("elementwise", "replicate"), ("full", "offload"), ("half", "compiled+lora"),
-    ("full", "compiled+offload"),
+    ("none", "eager"), ("elementwise", "replicate"), ("full", "offload"), ("half", "compiled+offload+lora"),
 ]  # fmt: skip
 if os.environ.get("WAYS") == "all":
-    WAYS += [("half", "lora"), ("half", "offload+lora"), ("none", "compiled"), ("elementwise", "compiled")]
+    WAYS += [("half", "lora"), ("full", "compiled+offload"), ("none", "compiled"), ("elementwise", "compiled")]
 
 
 @pytest.fixture(scope="module")
