@@ -24,6 +24,9 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in the seconds that torch takes: no traceback
     if "RANK" not in os.environ:
         command_line(sys.argv[1:], __doc__, early=True)  # a typo is reported now, and not after them
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Streams of other lengths in every step leave gaps of a third of a GPU's memory in segments that cannot grow.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 import math
 import time

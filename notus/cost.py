@@ -25,7 +25,11 @@ from notus.lora import LoRA, add_lora
 from notus.model import RECOMPUTE, DecoderLayer, RMSNorm, is_product, rotary_table
 
 GIB = 2**30
-RESERVE_GIB = 3.0  # of a GPU's memory, for CUDA itself and for fragmentation
+
+# Of a GPU's memory, for what memory_gib does not count. CUDA's context and kernels: 0.3 (pytorch#107667) to 0.5. NCCL's
+# buffers for one communicator of 8 GPUs: 1.1 to 1.6 (nccl#1685, nccl#864). Fragmentation, with the
+# growing segments that train.py asks for: 0.6 (benchmarks/fragmentation.py).
+RESERVE_GIB = 3.0
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,18 @@
 """Whole training steps on a pretended GPU, rank 0 of 8, in a process of its own:
 
-    python tests/pretend_gpu.py LIBRARY LEVEL WAY ...      WAY: eager, compiled, offload, replicate, lora, or a+b
+    python tests/pretend_gpu.py LEVEL WAY ...      WAY: eager, compiled, offload, replicate, lora, or a+b
 
 Tensors have device, dtype and shape and no numbers (FakeTensorMode), collectives have no network. So what is on the
-wrong device or of the wrong dtype fails here as it would on 8 GPUs. LIBRARY is pretend_gpu.cpp, compiled. For each pair
-of LEVEL and WAY a line of JSON is printed.
+wrong device or of the wrong dtype fails here as it would on 8 GPUs. For each pair of LEVEL and WAY a line of JSON is
+printed. Needs g++.
 """
 
-import ctypes
 import json
 import sys
 from functools import partial
 
-if __name__ == "__main__":
-    ctypes.CDLL(sys.argv[1])  # before torch looks for a GPU
-
 import numpy as np
+import pretend_library  # noqa: F401  before torch
 import torch
 import torch.distributed as dist
 from tiny import random_pairs, tiny_config
@@ -131,5 +128,5 @@ if __name__ == "__main__":
     pretend()
     torch_compile = torch.compile
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
-    for level, way in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+    for level, way in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
         print(json.dumps(one(level, way.split("+"))), flush=True)

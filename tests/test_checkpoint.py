@@ -792,8 +792,8 @@ def test_a_stopped_run_names_the_checkpoint_that_there_is(home: Path, truth: Pat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_torchrun_hands_signals_on_and_no_rank_outlives_it(home: Path, tmp_path: Path) -> None:
-    """Two ranks, asked by way of torchrun's agent, agree on the step. They go on, and then the agent alone is killed, by
-    the kernel's OOM killer, say: that is a preemption for its ranks."""
+    """Two ranks, asked by way of torchrun's agent, agree on the step. They go on, and the agent alone is killed, by the
+    kernel's OOM killer, say: that is a preemption for its ranks."""
     out, stopped = tmp_path / "out", 0
     for end in (lambda agent: agent.send_signal(signal.SIGUSR1), lambda agent: agent.kill()):
         with (tmp_path / "log").open("w") as log:
@@ -813,7 +813,7 @@ def test_torchrun_hands_signals_on_and_no_rank_outlives_it(home: Path, tmp_path:
             for pid in filter(is_alive, ranks):
                 os.kill(int(pid), signal.SIGKILL)
         status, text = read_status(out), (tmp_path / "log").read_text()
-        assert status["state"] == "preempted" and "Traceback (most recent call last):\n  File \"/" not in text, text
+        assert status["state"] == "preempted" and 'Traceback (most recent call last):\n  File "/' not in text, text
         assert status["step"] == steps_of(out)[-1] == last_step(out) > stopped, text
         stopped = status["step"]
         assert read_manifest(out / "checkpoints" / f"step-{stopped:08d}")[1] == ""

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -984,6 +985,21 @@ def test_dry_run_plans_for_the_gpus_asked_for(seven_b: Path, world_dir: Path, mo
         assert f"with {gpus} GPUs" in report and "held out    none" in report
         needed.append(float(report.partition("memory ")[2].split()[0]))
     assert needed[0] - needed[1] == pytest.approx(12 * 7_241_732_096 / 16 / 2**30, abs=0.02)
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_is_asked_for_segments_that_grow_unless_a_user_has_set_it(own: str | None, monkeypatch, capsys):
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+    for name in names:
+        monkeypatch.setenv(name, "mine")  # so that both are as before after the test
+        if name != own:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--print-config"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    assert found == ({own: "mine"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+    assert capsys.readouterr().out.startswith("[")
 
 
 def test_help_names_every_setting_and_flag(tmp_path: Path):
