@@ -42,9 +42,9 @@ from torch import Tensor
 from notus import distributed, report
 from notus.base import load_sharded
 from notus.cost import training_flops
-from notus.evaluate import answer_tokens, held_out_metrics
+from notus.evaluate import answer_tokens, held_out_metrics, sample_answers
 from notus.losses import METRICS, PreferenceLoss
-from notus.metrics import Log, lasting_console
+from notus.metrics import lasting_console
 from notus.model import Mistral, pair_logps
 from notus.optim import lr_at, make_optimizer
 from notus.packing import MicroBatch, to_device, training_steps
@@ -138,15 +138,18 @@ def train(config: Config, inputs: Inputs, world: distributed.World, run: Run) ->
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, setup.optimizer, setup.learning_rate, setup.weight_decay)
     run.restore(model, optimizer)
-    log = Log(run.output / "metrics.jsonl", world, total_steps, run.epoch_steps, first_step, **run.log_state())
+    log = run.open_log(world)
 
     def evaluate(step: int) -> None:
         if len(inputs.test):
             budget = setup.micro_batch_tokens
             log.evaluated(step, held_out_metrics(model, inputs.test, held_out, world, budget, preference_loss))
+            began = time.monotonic()
+            samples = sample_answers(model, inputs.base, inputs.test, setup.sample_prompts, world)
+            log.sampled(step, samples, time.monotonic() - began)
 
     if first_step == 0:
-        with log.paused():
+        with log.between_steps():
             evaluate(0)
 
     # --- the loop ---
@@ -177,14 +180,14 @@ def train(config: Config, inputs: Inputs, world: distributed.World, run: Run) ->
                 log.step(done, {"grad_norm": result.grad_norm, "learning_rate": learning_rate})
         else:
             log.skipped(done, pairs.where[rows].tolist())
-        if skipped_in_a_row >= setup.max_skipped_steps:
-            raise FloatingPointError(
-                f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to step {done}. Lower "
-                "train.learning_rate, or look at the pairs that metrics.jsonl names"
-            )
 
         # Neither evaluating nor saving counts as time of a step.
-        with log.paused():
+        with log.between_steps():
+            if skipped_in_a_row >= setup.max_skipped_steps:
+                raise FloatingPointError(
+                    f"loss or gradient was not finite in {skipped_in_a_row} steps in a row, up to step {done}. Lower "
+                    "train.learning_rate, or look at the pairs that metrics.jsonl names"
+                )
             if done % setup.eval_steps == 0 or last:
                 evaluate(done)
             if done % setup.save_steps == 0 or last or result.stopping:

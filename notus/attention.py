@@ -201,22 +201,19 @@ class KVCache:
     forward pass stores them and attends. The first stream holds the prompts one after another; each later stream holds
     one token for each sequence.
 
-    Memory: 2 * layers * S * K * C * d elements.
+    Memory: 2 * layers * S * K * C * d elements, in the dtype of the keys that come.
     """
 
-    def __init__(
-        self, num_layers: int, num_sequences: int, capacity: int, num_kv_heads: int, head_dim: int,
-        window: int | None, dtype: torch.dtype, device: torch.device,
-    ):  # fmt: skip
-        shape = (num_layers, num_sequences, num_kv_heads, capacity, head_dim)
-        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.window = window
+    def __init__(self, num_sequences: int, capacity: int, window: int | None, device: torch.device):
+        self.capacity, self.window, self.device = capacity, window, device
+        self.keys: list[Tensor] = []  # (S, K, C, d) for each layer
+        self.values: list[Tensor] = []
         self.lengths = [0] * num_sequences
 
     def advance(self, new_tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Sequence s gets `new_tokens[s]` more tokens. Returns `positions (T,)`, and `last (S,)`: the index in the
         stream of each sequence's last token."""
-        device = self.keys.device
+        device = self.device
         counts = torch.tensor(new_tokens, device=device)
         self._sequence = torch.arange(len(new_tokens), device=device).repeat_interleave(counts)  # (T,)
         self._row = torch.cat([torch.arange(n, device=device) for n in new_tokens])  # (T,) place among the new tokens
@@ -231,6 +228,10 @@ class KVCache:
         return self._position, counts.cumsum(0) - 1
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if layer == len(self.keys):
+            sequences, (_, heads, width) = len(self.lengths), key.shape
+            self.keys.append(key.new_zeros(sequences, heads, self.capacity, width))
+            self.values.append(torch.zeros_like(self.keys[layer]))
         keys, values = self.keys[layer], self.values[layer]  # (S, K, C, d)
         keys[self._sequence, :, self._position] = key
         values[self._sequence, :, self._position] = value

@@ -27,6 +27,7 @@ from notus.files import read_text, sentence
 
 MAX_GPUS = 100_000  # to plan for
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that LoRA can learn
+TRACKERS = ("tensorboard", "wandb", "trackio")
 CONFIGS = Path(__file__).parent.parent / "configs"  # the shipped files, from any working directory
 
 
@@ -111,11 +112,17 @@ class Train:
     )
     compile: bool = setting("torch.compile each layer; takes a minute at the start, then steps are faster", False)
     eval_steps: int = setting("steps between evaluations on data.test", 100, "[1, inf)")
+    sample_prompts: int = setting("held-out prompts that are answered at every evaluation; 0: none", 2, "[0, 1000]")
     log_steps: int = setting("steps between lines of metrics.jsonl", 1, "[1, inf)")
     save_steps: int = setting("steps between checkpoints, which are written while training continues", 100, "[1, inf)")
     keep_checkpoints: int = setting("most recent checkpoints to keep; 8 bytes a parameter, 12 for adamw", 2, "[1, inf)")
     max_skipped_steps: int = setting("stop after this many non-finite gradients in a row", 3, "[1, inf)")
     export_dtype: Literal["bfloat16", "float32"] = setting("of the exported model; an adapter is float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    to: tuple[str, ...] = setting(f"trackers that get every line as well, of {', '.join(TRACKERS)}", ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +144,7 @@ class Config:
     dpo: DPO
     lora: LoRA
     train: Train
+    log: Log
     reference: Reference
     distributed: Distributed
 
@@ -160,8 +168,9 @@ FREE_ON_RESUME = {
     "model.path", "dpo.reference", "data.train", "data.test", "data.cache_dir", "reference.cache_dir",
     "lora.export", "train.output_dir",
     "train.device", "train.compile", "train.micro_batch_tokens", "train.activation_checkpointing", "train.eval_steps",
-    "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_skipped_steps", "train.export_dtype",
-    "distributed.replicate", "distributed.cpu_offload", "distributed.timeout_minutes",
+    "train.sample_prompts", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_skipped_steps",
+    "train.export_dtype",
+    "log.to", "distributed.replicate", "distributed.cpu_offload", "distributed.timeout_minutes",
 }  # fmt: skip
 
 
@@ -398,6 +407,8 @@ def check(config: Config, where: dict[str, str]) -> None:
     data, lora = config.data, config.lora
     if wrong := [name for name in lora.targets if name not in LAYERS]:
         refuse(f"lora.targets has {shown(wrong[0])}; it must be of {', '.join(LAYERS)}", "lora.targets")
+    if wrong := [name for name in config.log.to if name not in TRACKERS]:
+        refuse(f"log.to has {shown(wrong[0])}; it must be of {', '.join(TRACKERS)}", "log.to")
     if lora.rank and not lora.targets:
         refuse(f"lora.rank = {lora.rank}, but lora.targets is empty, so nothing would be trained", "lora.targets")
     if lora.export == "adapter" and not lora.rank:

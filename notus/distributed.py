@@ -194,6 +194,11 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast(tensor: Tensor) -> None:
+    """Rank 0's values on every rank, in place."""
+    dist.broadcast(tensor, src=0)
+
+
 def gather(world: World, value: Any) -> list[Any]:
     """The `value` of every rank, on every rank."""
     values = [value] * world.size

@@ -42,11 +42,12 @@ from tqdm import tqdm
 from notus import judge, outputs
 from notus.answers import Checkpoint, Request, Source
 from notus.base import Base, Frame, load_model, read_base, read_frame
-from notus.distributed import World, sum_over_ranks
+from notus.distributed import World, reshard, sum_over_ranks
 from notus.endpoint import Server
 from notus.files import sentence, write_atomically
-from notus.generate import choose_frame, model_arguments, place
+from notus.generate import choose_frame, generate, model_arguments, place
 from notus.losses import METRICS, PreferenceLoss
+from notus.metrics import one_line
 from notus.model import Mistral
 from notus.reference import score_pairs
 from notus.rows import check_file, check_text, read_records
@@ -84,6 +85,24 @@ def pair_metrics(preference_loss: PreferenceLoss, policy: Tensor, reference: Ten
 def answer_tokens(pairs: PairSet) -> Tensor:
     """(P, 2): tokens of the chosen and of the rejected answer."""
     return torch.from_numpy(pairs.lengths[:, 1:])
+
+
+def sample_answers(
+    model: Mistral, base: Base, pairs: PairSet, count: int, world: World, max_new_tokens: int = 64
+) -> list[dict[str, str]]:
+    """Greedy answers to `count` prompts, spread over the pairs: {"prompt", "answer"}, as text. All ranks call.
+
+    Compiled layers run uncompiled here: their graphs are of packed streams.
+    """
+    count = min(count, len(pairs))
+    prompts = [pairs[i * len(pairs) // count].prompt.tolist() for i in range(count)]
+    if not prompts:
+        return []
+    with torch.compiler.set_stance("force_eager"):
+        answers = generate(model, prompts, max_new_tokens, base.stop_ids, world=world)
+    reshard(model)
+    texts = [[base.tokenizer.decode(ids) for ids in both] for both in zip(prompts, answers, strict=True)]
+    return [{"prompt": prompt, "answer": answer} for prompt, answer in texts]
 
 
 # --- exact-match ---------------------------------------------------------------------------------------------------
@@ -167,16 +186,11 @@ def exact_match(
         lines.append(f"{name:{width}}  {sum(marks) / len(questions):>11.1%}  {sum(marks)} of {len(questions)}")
     samples = min(samples, len(questions))
     for i in (k * len(questions) // samples for k in range(samples)):  # spread over the file
-        lines += ["", f"{'prompt':{width}}  {one_line(questions[i].instruction)}"]
+        lines += ["", f"{'prompt':{width}}  {one_line(questions[i].instruction, 80)}"]
         for name, found in answers.items():
-            lines.append(f"{name:{width}}  {'right' if right[name][i] else 'wrong'}  {one_line(found[i])}")
-        lines.append(f"{'right answer':{width}}  {'':5}  {one_line(' | '.join(questions[i].correct_answers))}")
+            lines.append(f"{name:{width}}  {'right' if right[name][i] else 'wrong'}  {one_line(found[i], 80)}")
+        lines.append(f"{'right answer':{width}}  {'':5}  {one_line(' | '.join(questions[i].correct_answers), 80)}")
     return [*lines, f"\nall answers: {output}"] if output else lines
-
-
-def one_line(text: str, width: int = 80) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 # --- preferences ---------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from torch import Tensor
 from notus.attention import KVCache
 from notus.base import Base, Frame, load_model, read_base
 from notus.chat import Message
+from notus.distributed import World, broadcast
 from notus.files import sentence
 from notus.model import Mistral
 from notus.tokenizer import Tokenizer
@@ -33,7 +34,7 @@ from notus.tokenizer import Tokenizer
 # --- decoding ------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()  # FSDP2 does not work in inference mode
 def stream(
     model: Mistral,
     prompts: Sequence[Sequence[int]],
@@ -42,9 +43,11 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    world: World | None = None,
 ) -> Iterator[dict[int, int]]:
     """Continue all prompts at once. Each step yields {index of the prompt: its next token} of those still running. A
-    prompt leaves at a token in `stop`, which is not yielded, or after `max_new_tokens`.
+    prompt leaves at a token in `stop`, which is not yielded, or after `max_new_tokens`. With a sharded model all ranks
+    of its `world` call, and follow what rank 0 has sampled.
 
     A prompt's answer does not depend on the other prompts, except for the rounding of matrix products of another shape.
     Its noise comes from `seed` and its own tokens alone, so equal prompts get equal answers, and another seed gives
@@ -54,21 +57,20 @@ def stream(
     max_new_tokens - 1. That is 128 KiB a token and sequence for Mistral-7B in bfloat16. While the prompts are read,
     their activations come on top, and scores of S x H x (longest prompt)^2 where torch has no fused kernel.
     """
-    config, weight = model.config, model.model.embed_tokens.weight
+    device = world.device if world else model.model.embed_tokens.weight.device
     capacity = max(map(len, prompts)) + max_new_tokens - 1  # the last token is not read again
-    cache = KVCache(
-        config.num_hidden_layers, len(prompts), capacity, config.num_key_value_heads, config.head_dim,
-        config.sliding_window, weight.dtype, weight.device,
-    )  # fmt: skip
+    cache = KVCache(len(prompts), capacity, model.config.sliding_window, device)
     generators = [noise(seed, prompt) for prompt in prompts]
     unread = dict(enumerate(prompts))  # of the A running sequences, the tokens that the model has yet to read
     for _ in range(max_new_tokens):
-        input_ids = torch.tensor([token for tokens in unread.values() for token in tokens], device=weight.device)
+        input_ids = torch.tensor([token for tokens in unread.values() for token in tokens], device=device)
         positions, last = cache.advance([len(unread.get(i, ())) for i in range(len(prompts))])
         logits = model(input_ids, positions, cache, last[list(unread)])  # (A, V)
         uniform = torch.stack([torch.rand((), dtype=torch.float64, generator=generators[i]) for i in unread])  # (A,)
-        tokens = sample(logits, uniform.to(weight.device), temperature, top_p).tolist()
-        step = {i: token for i, token in zip(unread, tokens, strict=True) if token not in stop}
+        tokens = sample(logits, uniform.to(device), temperature, top_p)
+        if world:
+            broadcast(tokens)
+        step = {i: token for i, token in zip(unread, tokens.tolist(), strict=True) if token not in stop}
         if not step:
             return
         yield step
@@ -83,11 +85,12 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    world: World | None = None,
 ) -> list[list[int]]:
     """The complete answers of `stream`. An answer of `max_new_tokens` tokens was cut; a shorter one met a stop
     token."""
     answers: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, prompts, max_new_tokens, stop, temperature, top_p, seed):
+    for step in stream(model, prompts, max_new_tokens, stop, temperature, top_p, seed, world):
         for i, token in step.items():
             answers[i].append(token)
     return answers

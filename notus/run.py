@@ -19,10 +19,12 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -48,12 +50,15 @@ from notus.distributed import World, from_rank_zero, on_rank_zero, rank, world_s
 from notus.files import file_digest, lock, make_folder, read_json, text_digest, write_atomically
 from notus.lora import LoRA
 from notus.losses import PreferenceLoss
+from notus.metrics import Log
 from notus.optim import schedule_notes
 from notus.packing import steps_per_epoch
 from notus.tokens import PairSet, load_pairs
+from notus.trackers import Trackers, check_installed
 from notus.weights import digest
 
-FILES = ("run.lock", "environment.json", "config.toml", "status.json", "metrics.jsonl", "summary.json")
+FILES = ("run.lock", "environment.json", "config.toml", "status.json", "metrics.jsonl", "samples.jsonl",
+         "summary.json")  # fmt: skip
 
 
 @dataclass
@@ -86,14 +91,19 @@ class Run:
     def epoch_steps(self) -> int:
         return self.facts["steps"] // self.facts["settings"]["train.num_train_epochs"]
 
-    def log_state(self) -> dict[str, list]:
-        """`lines` and `window` of the log as the checkpoint has them. The line that says how long that checkpoint took
-        could not be in it yet."""
-        if not self.manifest:
-            return {}
-        step, stall = self.manifest["step"], self.manifest["stall_seconds"]
-        last = {"step": step, "epoch": step / self.epoch_steps, "checkpoint_stall_seconds": stall}
-        return {"lines": [*self.manifest["lines"], last], "window": self.manifest["window"]}
+    def open_log(self, world: World) -> Log:
+        """A new log, or that of the checkpoint to resume from. How long that checkpoint took could not be in it yet."""
+        settings = self.facts["settings"]
+        lines: list[dict[str, Any]] = []
+        if self.manifest:
+            step, lines = self.manifest["step"], list(self.manifest["lines"])
+            last = lines.pop() if lines and lines[-1]["step"] == step else {}
+            stall = {"checkpoint_stall_seconds": self.manifest["stall_seconds"]}
+            lines.append({"step": step, "epoch": step / self.epoch_steps} | last | stall)
+        window = self.manifest["window"] if self.manifest else ()
+        name = f"{self.output.resolve().name}-{self.facts['run_id']}"
+        track = partial(Trackers, settings["log.to"], self.output, name, settings) if settings["log.to"] else None
+        return Log(self.output, world, self.facts["steps"], self.epoch_steps, self.first_step, lines, window, track)
 
     def disk_notes(self, inputs: "Inputs") -> list[str]:
         """Whether the disk has room for what the run will write: one more checkpoint than are kept, and the result."""
@@ -154,6 +164,7 @@ def read_inputs(config: Config, fresh: bool = False, need_weights: bool = True) 
     line and value: ValueError. Of the weights only the headers are read, and with `need_weights=False` they may be
     missing. Nothing is written but the token cache."""
     find_run(config.train.output_dir, fresh)
+    check_installed(config.log.to)
     data = config.data
     base = read_base(config.model.path, need_weights)
     reference = base
@@ -224,9 +235,11 @@ def open_run(config: Config, inputs: Inputs, world: World, fresh: bool, held: Ex
         facts["reference_dims"] = asdict(inputs.reference.dims)
     facts["identity"] = identity = json.loads(json.dumps(identity_of(config, inputs.base, facts)))
     facts["identity_sha256"] = text_digest(json.dumps(identity))
+    facts["run_id"] = uuid.uuid4().hex[:8]
     if unfinished:
         # A damaged environment.json tells nothing. The checkpoints carry the identity as well.
         found = from_rank_zero(world, lambda: read_quietly(output / "environment.json"))
+        facts["run_id"] = found.get("run_id") or facts["run_id"]
         old = found.get("identity")
         if old != identity and found.get("identity_sha256") == text_digest(json.dumps(old)):
             raise ValueError(f"{output}: holds an unfinished run of another kind: {describe_difference(old, identity)}")

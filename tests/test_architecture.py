@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [  # a file imports only from files above it
     *("files", "config", "chat", "tokenizer", "rows", "tokens", "packing", "attention", "logprobs", "dims", "model"),
     "losses",
-    *("distributed", "lora", "weights", "base", "cost", "optim", "checkpoint", "metrics", "run", "reference"),
+    *("distributed", "lora", "weights", "base", "cost", "optim", "checkpoint", "trackers", "metrics"),
+    *("run", "reference"),
 ]
 LEAVES = [  # only train.py imports them
     *("report", "card", "plan", "generate", "answers", "endpoint", "outputs", "judge", "evaluate", "plot", "demo"),

@@ -164,9 +164,7 @@ def test_on_a_gpu_flash_attention_is_used_and_agrees_with_float32(window: int | 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 def test_kv_cache_is_dense_attention_over_all_tokens_so_far(heads: int, kv_heads: int, window: int | None):
     layers, prompts = 2, [3, 1, 6]
-    cache = KVCache(
-        layers, len(prompts), 9, kv_heads, HEAD_DIM, window, dtype=torch.float64, device=torch.device("cpu")
-    )
+    cache = KVCache(len(prompts), 9, window, torch.device("cpu"))
     past = [[[] for _ in prompts] for _ in range(layers)]  # [layer][sequence]: the (key, value) pieces so far
     lengths = [0, 0, 0]
     for step, new_tokens in enumerate([prompts, [1, 1, 1], [1, 1, 1], [1, 1, 1]]):
@@ -189,5 +187,8 @@ def test_kv_cache_is_dense_attention_over_all_tokens_so_far(heads: int, kv_heads
 
 
 def test_kv_cache_holds_what_its_docstring_says():
-    cache = KVCache(2, 3, 10, 2, HEAD_DIM, None, dtype=torch.float32, device=torch.device("cpu"))
-    assert cache.keys.numel() + cache.values.numel() == 2 * 2 * 3 * 2 * 10 * HEAD_DIM
+    cache = KVCache(3, 10, None, torch.device("cpu"))
+    cache.advance([1, 2, 1])
+    for layer in range(2):
+        cache(layer, *(torch.zeros(4, heads, HEAD_DIM) for heads in (4, 2, 2)))
+    assert sum(part.numel() for part in (*cache.keys, *cache.values)) == 2 * 2 * 3 * 2 * 10 * HEAD_DIM

@@ -89,9 +89,9 @@ def append_half(original: Callable, cache, *arguments) -> None:
     die()
 
 
-def write_half_a_line(original: Callable, log, *arguments) -> None:
-    original(log, *arguments)
-    os.truncate(log._file.fileno(), os.fstat(log._file.fileno()).st_size - 7)
+def write_half_a_line(original: Callable, lines, *arguments) -> None:
+    original(lines, *arguments)
+    os.truncate(lines._file.fileno(), os.fstat(lines._file.fileno()).st_size - 7)
     die()
 
 
@@ -123,8 +123,8 @@ MOMENTS = [  # in the order of a run; which call it is, is drawn
     ("evaluation", "notus.evaluate:score_pairs", die, 2, ""),
     ("amid evaluation", "notus.evaluate:pair_metrics", die, 7, ""),
     ("evaluation not yet logged", "notus.evaluate:score_pairs", do_and_die, 2, ""),
-    ("amid a line of the log", "notus.metrics:Log.write", write_half_a_line, 7, ""),
-    ("line written", "notus.metrics:Log.write", do_and_die, 7, ""),
+    ("amid a line of the log", "notus.metrics:Lines.add", write_half_a_line, 7, ""),
+    ("line written", "notus.metrics:Lines.add", do_and_die, 7, ""),
     ("forward", "train:pair_logps", die, 8, ""),
     ("before the optimizer's step", "torch.optim:RMSprop.step", die, 4, ""),
     ("after the optimizer's step", "torch.optim:RMSprop.step", do_and_die, 4, ""),

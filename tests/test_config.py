@@ -290,7 +290,7 @@ def test_lora_without_a_target_is_refused(minimal):
         ("lora.targets=[7]", "lora.targets must be a text or a list of texts, not [7]"),
         ("lora.targets=['']", "lora.targets must be a text or a list of texts, not ['']"),
         ("lora.export=adapter", 'lora.export = "adapter", but lora.rank = 0: there is no adapter without LoRA'),
-        ("log.to=x", "sections are model, data, dpo, lora, train, reference"),
+        ("zz.zzz=x", "sections are model, data, dpo, lora, train, log, reference"),
         ("--config=x.toml", "unknown setting config; give one config file, as the first word, without a flag"),
         ("extends=x.toml", "unknown setting extends; write extends in a file, above its first [section]"),
         ("dpo.beta=true", "dpo.beta must be a number, not True"),

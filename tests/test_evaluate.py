@@ -15,7 +15,7 @@ from conftest import write_mistral_tokenizer
 from tiny import save_checkpoint, tiny_config, tiny_model
 
 from notus.base import Frame, read_base, write_frame
-from notus.evaluate import main, one_line, read_questions
+from notus.evaluate import main, read_questions
 from notus.model import Mistral
 from notus.tokenizer import load_tokenizer
 from notus.tokens import load_pairs
@@ -169,12 +169,6 @@ def test_rows_may_be_an_array(tmp_path):
     path.write_text(json.dumps([{"instruction": "a", "correct_answers": ["b"]}] * 3))
     assert len(read_questions(path)) == 3
     assert [question.where for question in read_questions(path, limit=1)] == [f"{path}: row 1"]
-
-
-def test_one_line():
-    assert one_line(" a\n\n b ") == "a b"
-    assert one_line("x" * 80) == "x" * 80
-    assert one_line("x" * 81) == "x" * 77 + "..."
 
 
 # --- preferences ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,18 @@ import torch
 from notus import metrics
 from notus.distributed import World
 from notus.losses import METRICS
-from notus.metrics import Console, Lasting, Log, duration, lasting_console, peak_memory_gib
+from notus.metrics import (
+    FORMATS,
+    SPARED,
+    Console,
+    Lasting,
+    Log,
+    duration,
+    lasting_console,
+    one_line,
+    peak_memory_gib,
+    short_line,
+)  # fmt: skip
 
 TIMINGS = {"tokens_per_second", "memory_gib"}
 
@@ -38,9 +49,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def log_of(path: Path, rank: int = 0, size: int = 1, device: str = "cpu", **state) -> Log:
+def log_of(folder: Path, rank: int = 0, size: int = 1, device: str = "cpu", **state) -> Log:
     """Of a run of 10 steps, 4 an epoch."""
-    return Log(path, World(rank, size, torch.device(device), None), 10, 4, **state)
+    return Log(folder, World(rank, size, torch.device(device), None), 10, 4, **state)
 
 
 def strictly(path: Path) -> list[dict]:
@@ -55,16 +66,18 @@ def strictly(path: Path) -> list[dict]:
 
 def test_a_line_is_strict_json_and_readable_at_once(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
-    log = log_of(path)
-    log.write(1, {"loss": torch.tensor(0.5), "grad_norm": float("nan"), "rewards/margins": torch.tensor(torch.inf)})
-    line = {"step": 1, "epoch": 0.25, "loss": 0.5, "grad_norm": None, "rewards/margins": None}
+    log = log_of(tmp_path)
+    with log.between_steps():
+        log.write(1, {"loss": torch.tensor(0.5), "grad_norm": float("nan"), "rewards/margins": torch.tensor(torch.inf)})
+        log.write(1, {"eval_loss": 0.25})
+    line = {"step": 1, "epoch": 0.25, "loss": 0.5, "grad_norm": None, "rewards/margins": None, "eval_loss": 0.25}
     assert strictly(path) == log.lines == [line]
     log.close()
 
 
 def test_a_line_of_a_step_has_means_over_the_pairs_since_the_last_one(tmp_path: Path, clock: Clock, capsys):
     path = tmp_path / "metrics.jsonl"
-    log = log_of(path)
+    log = log_of(tmp_path)
     names = [*METRICS]
     log.add([8.0 * k for k in range(7)], num_pairs=8, num_tokens=500, flops=1.0)
     log.add([2.0 * k + 4 for k in range(7)], num_pairs=2, num_tokens=100, flops=1.0)
@@ -81,13 +94,15 @@ def test_a_line_of_a_step_has_means_over_the_pairs_since_the_last_one(tmp_path: 
     assert (first["tokens_per_second"], second["tokens_per_second"]) == (150.0, 60.0)
     assert (first["grad_norm"], first["learning_rate"], second["grad_norm"]) == (3.0, 1e-5, None)
     assert first["memory_gib"] > 0 and "mfu" not in first  # no peak is known of a CPU
-    assert capsys.readouterr().err.splitlines()[0].startswith("step  2/10  loss 0.4000  acc 3.40  margin 4.40  lr 1.0e")
+    assert (
+        capsys.readouterr().err.splitlines()[0].startswith("step  2/10  loss 0.4000  acc 3.40  margin 4.40  grad 3.0")
+    )
 
 
 def test_mfu_is_useful_flops_over_the_peak_of_all_gpus(tmp_path: Path, clock: Clock, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 3 * 2**30)
-    log = log_of(tmp_path / "metrics.jsonl", size=8, device="cuda")
+    log = log_of(tmp_path, size=8, device="cuda")
     log.add([0.0] * 7, 64, 100, flops=8 * 312e12)
     clock.now += 2.0
     log.step(1, {})
@@ -95,11 +110,11 @@ def test_mfu_is_useful_flops_over_the_peak_of_all_gpus(tmp_path: Path, clock: Cl
     assert log.lines[0]["mfu"] == pytest.approx(0.5) and log.lines[0]["memory_gib"] == 3.0
 
 
-def test_what_is_paused_is_no_time_of_a_step(tmp_path: Path, clock: Clock):
-    log = log_of(tmp_path / "metrics.jsonl")
+def test_what_is_between_steps_is_no_time_of_a_step(tmp_path: Path, clock: Clock):
+    log = log_of(tmp_path)
     log.add([0.0] * 7, 1, 100, 0.0)
     clock.now += 1.0
-    with log.paused():
+    with log.between_steps():
         clock.now += 1000.0
     clock.now += 1.0
     log.step(1, {})
@@ -109,8 +124,9 @@ def test_what_is_paused_is_no_time_of_a_step(tmp_path: Path, clock: Clock):
 
 def test_evaluations_and_skipped_steps_are_lines_and_are_said(tmp_path: Path, capsys):
     path = tmp_path / "metrics.jsonl"
-    log = log_of(path)
+    log = log_of(tmp_path)
     found = {"eval_loss": 0.5, "eval_rewards/accuracies": 0.75, "eval_rewards/margins": 1.5, "eval_runtime": 2.0}
+    found["eval_rewards/chosen"] = 0.5
     log.evaluated(0, found)
     log.skipped(1, ["pairs.jsonl:3", "pairs.jsonl:9"])
     log.evaluated(2, found | {"eval_loss": math.nan})
@@ -137,12 +153,14 @@ def test_a_resumed_log_reads_as_if_nothing_had_happened(tmp_path: Path, clock: C
             if step % 4 == 0:  # log_steps = 4
                 log.step(step, {"grad_norm": float(step)})
 
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    uninterrupted = log_of(whole)
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole, cut = tmp_path / "whole" / "metrics.jsonl", tmp_path / "cut" / "metrics.jsonl"
+    uninterrupted = log_of(whole.parent)
     steps(uninterrupted, range(1, 9))
     uninterrupted.close()
 
-    log = log_of(cut)
+    log = log_of(cut.parent)
     steps(log, range(1, 7))  # the checkpoint is in the middle of a window
     state = json.loads(json.dumps(log.state(), allow_nan=False))
     steps(log, range(7, 8))
@@ -150,7 +168,7 @@ def test_a_resumed_log_reads_as_if_nothing_had_happened(tmp_path: Path, clock: C
     log.close()
     with cut.open("a") as file:
         file.write('{"step": 8, "lo')  # killed here
-    resumed = log_of(cut, first_step=6, **state)
+    resumed = log_of(cut.parent, first_step=6, **state)
     assert strictly(cut) == state["lines"] and [line["step"] for line in state["lines"]] == [4]
     steps(resumed, range(7, 9))
     resumed.close()
@@ -159,7 +177,7 @@ def test_a_resumed_log_reads_as_if_nothing_had_happened(tmp_path: Path, clock: C
     # The speed is this process's own: steps 7 and 8 in two seconds, though the means are of steps 5 to 8.
     assert resumed.lines[-1]["tokens_per_second"] == 75.0
 
-    log_of(cut).close()  # a run that starts again
+    log_of(cut.parent).close()  # a run that starts again
     assert cut.read_text() == ""
 
 
@@ -169,19 +187,23 @@ def strip(line: dict) -> dict:
 
 def test_a_full_disk_costs_no_line_and_no_run(tmp_path: Path, monkeypatch, capsys):
     path = tmp_path / "metrics.jsonl"
-    log = log_of(path)
-    log.write(1, {"loss": 0.5})
-    log._file = FullFile(log._file)
+    log = log_of(tmp_path)
+    with log.between_steps():
+        log.write(1, {"loss": 0.5})
+    lines = log._files[0]
+    lines._file = FullFile(lines._file)
     monkeypatch.setattr(metrics, "write_atomically", full)
     for step in (2, 3):
-        log.write(step, {"loss": 0.5})
+        with log.between_steps():
+            log.write(step, {"loss": 0.5})
     assert capsys.readouterr().err.count(f"{path} cannot be written, training continues: No space left on device") == 1
     log.close()  # still full
 
     monkeypatch.undo()
-    log.write(4, {"loss": 0.5})
+    with log.between_steps():
+        log.write(4, {"loss": 0.5})
     assert strictly(path) == log.lines and [line["step"] for line in log.lines] == [1, 2, 3, 4]
-    log._file = FullFile(log._file)
+    lines._file = FullFile(lines._file)
     log.write(5, {"loss": 0.5})
     log.close()  # there is room again
     assert [line["step"] for line in strictly(path)] == [1, 2, 3, 4, 5]
@@ -204,20 +226,67 @@ class FullFile:
 
 
 def test_other_ranks_count_but_write_and_say_nothing(tmp_path: Path, capsys):
-    logs = [log_of(tmp_path / "metrics.jsonl", rank=rank, size=2) for rank in (0, 1)]
+    logs = [log_of(tmp_path, rank=rank, size=2) for rank in (0, 1)]
     capsys.readouterr()
     logs[0].close()
-    (tmp_path / "metrics.jsonl").unlink()
     log = logs[1]
     log.add([1.0] * 7, 2, 10, 0.0)
     log.step(1, {})
-    log.evaluated(1, {"eval_loss": 0.5, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0})
+    rewards = {"eval_rewards/accuracies": 0.5, "eval_rewards/chosen": 0.0, "eval_rewards/margins": 0.0}
+    log.evaluated(1, {"eval_loss": 0.5} | rewards)
     log.skipped(2, ["pairs.jsonl:1"])
     log.add([1.0] * 7, 2, 10, 0.0)
     log.close()
     assert not list(tmp_path.iterdir()) and capsys.readouterr() == ("", "")
-    assert len(log.lines) == 3 and log.evaluations()[0]["eval_loss"] == 0.5  # as on rank 0
+    assert len(log.lines) == 2 and log.evaluations()[0]["eval_loss"] == 0.5  # as on rank 0
     assert log.state()["window"] == [1.0] * 7 + [2.0]
+
+
+# --- samples.jsonl -------------------------------------------------------------------------------------------------
+
+
+def test_samples_stand_beside_those_of_step_0_and_survive_a_kill(tmp_path: Path, capsys):
+    path = tmp_path / "samples.jsonl"
+    log = log_of(tmp_path)
+    assert not path.exists()  # as long as there are none
+    log.sampled(0, [{"prompt": f"a\n{'p' * 80}", "answer": "old"}], 0.5)
+    log.sampled(4, [{"prompt": f"a\n{'p' * 80}", "answer": "new\n" * 30}, {"prompt": "b", "answer": "c"}], 0.25)
+    log.sampled(8, [], 0.0)
+    state = json.loads(json.dumps(log.state()))
+    log.close()
+    first, second, other = strictly(path)
+    assert first == {"step": 0, "prompt": f"a\n{'p' * 80}", "before": None, "answer": "old"}
+    assert (second["step"], second["before"], second["answer"]) == (4, "old", "new\n" * 30)
+    assert other == {"step": 4, "prompt": "b", "before": None, "answer": "c"}
+    assert [line["sample_seconds"] for line in strictly(tmp_path / "metrics.jsonl")] == [0.5, 0.25]
+    said = capsys.readouterr().err.splitlines()
+    assert said[2:5] == [
+        f"sample      prompt  ...{'p' * 65}", "            before  old", f"            now     {'new ' * 16}n...",
+    ]  # fmt: skip
+    assert max(map(len, said)) <= 88
+
+    before = path.read_text()
+    path.write_text("torn")
+    log_of(tmp_path, **state).close()
+    assert path.read_text() == before
+
+
+def test_a_falling_reward_of_the_chosen_answers_is_said_to_be_usual_once(tmp_path: Path, capsys):
+    log = log_of(tmp_path)
+    rewards = [(0.0, 0.0), (0.1, 0.2), (-0.2, 0.3), (-0.5, 0.4), (-0.6, 0.3), (-0.7, 0.9)]
+    said = []
+    for step, (chosen, margin) in enumerate(rewards):
+        line = {"eval_loss": 0.5, "eval_rewards/accuracies": 0.5}
+        log.evaluated(step, line | {"eval_rewards/chosen": chosen, "eval_rewards/margins": margin})
+        said.append("usual" in capsys.readouterr().err)
+    assert said == [False, False, True, False, False, False]
+    anchor = "Why does the reward of the chosen answers fall?"
+    assert f"**{anchor}**" in (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_one_line():
+    assert one_line(" a\n\n b ") == one_line(" a\n\n b ", 3) == "a b"
+    assert one_line("x" * 81, 80) == "x" * 77 + "..."
 
 
 # --- the console ---------------------------------------------------------------------------------------------------
@@ -255,9 +324,17 @@ def test_plain_lines(clock: Clock):
     assert stream.getvalue().splitlines() == [
         "resumed",
         "step  100/2889  loss 0.6931",
-        "step  200/2889  loss 0.6123  acc 0.67  margin 0.21  lr 4.9e-07  grad 12.3  "
-        "18,234 tok/s  41.3% MFU  5.1 GiB  eta 44m49s",
+        "step  200/2889  loss 0.6123  acc 0.67  margin 0.21  18,234 tok/s  eta 44m49s",
     ]
+
+
+@pytest.mark.parametrize("room", range(4, 110, 7))
+def test_a_line_has_room_for_the_time_left_before_all_else(room: int):
+    line = short_line(FULL, 3600.0, room)
+    assert line.endswith("eta 1h00m") and len(line) <= max(room, 9)
+    left_out = [name for name in SPARED if FORMATS[name].format(FULL[name]) not in line]
+    assert tuple(left_out) == SPARED[: len(left_out)]
+    assert ("loss" in line) == (room >= len("loss 0.6123  eta 1h00m"))
 
 
 def test_plain_lines_are_a_share_of_the_steps_apart_and_the_last_one_comes():
@@ -276,15 +353,16 @@ class Terminal(io.StringIO):
 
 
 def test_bar_on_a_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "80")
     stream = Terminal()
     console = Console(10, first_step=4, stream=stream)
+    assert not stream.getvalue()  # a cache hit has nothing to show
     console.step(5, FULL)
     console.say("saved")
     console.step(10, FULL)
     console.close()
     last = stream.getvalue().rstrip().rpartition("\r")[2]
-    assert last.startswith("step 10/10 |") and "loss 0.6123  acc 0.67  margin 0.21  18,234 tok/s  eta 0s" in last
+    assert last == "step 10/10 |##########| loss 0.6123  acc 0.67  margin 0.21  eta 0s"
     assert "saved\n" in stream.getvalue()
     assert "\x1b[3" not in stream.getvalue()  # no colours
 
@@ -313,7 +391,7 @@ def test_a_run_goes_on_when_its_console_is_gone(error: OSError, tmp_path: Path, 
         monkeypatch.setattr(sys, name, Broken(error))
     with lasting_console():
         print("hello", flush=True)
-        log = log_of(tmp_path / "metrics.jsonl")
+        log = log_of(tmp_path)
         log.add([1.0] * 7, 1, 1, 0.0)
         log.step(1, {})
         log.skipped(2, [])
@@ -327,8 +405,8 @@ def test_a_bar_goes_on_when_its_terminal_is_gone(monkeypatch: pytest.MonkeyPatch
     terminal = Broken(OSError(5, "Input/output error"))
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     with Console(10, stream=Lasting(terminal)) as console:
-        assert console.bar is not None
         console.step(5, FULL)
+        assert console.bar is not None
         console.say("saved")
         console.step(10, FULL)
 

@@ -333,7 +333,7 @@ def test_a_new_run_leaves_its_facts(settings: Config, world: World):
     assert (opened.output, opened.first_step, opened.epoch_steps, opened.manifest) == (
         Path(settings.train.output_dir), 0, 2, None,
     )  # fmt: skip
-    assert opened.log_state() == {}
+    assert opened.open_log(world).state() == {"window": [0.0] * 8, "lines": []}
     facts = json.loads((opened.output / "environment.json").read_text())
     assert facts == json.loads(json.dumps(opened.facts))
     assert {name: facts[name] for name in ("processes", "train_pairs", "test_pairs", "steps")} == {
@@ -406,8 +406,9 @@ def test_a_run_resumes_from_its_newest_checkpoint_with_its_log(settings: Config,
     save_a_checkpoint(opened, world, opened.facts["identity"])
     resumed = run_once(settings, world)
     assert resumed.first_step == resumed.manifest["step"] == 4
-    last = {"step": 4, "epoch": 2.0, "checkpoint_stall_seconds": resumed.manifest["stall_seconds"]}
-    assert resumed.log_state() == {"lines": [{"step": 4, "loss": 0.5}, last], "window": [1.0, 2.0]}
+    last = {"step": 4, "epoch": 2.0, "loss": 0.5, "checkpoint_stall_seconds": resumed.manifest["stall_seconds"]}
+    assert resumed.open_log(world).state() == {"lines": [last], "window": [1.0, 2.0]}
+    assert resumed.facts["run_id"] == opened.facts["run_id"]  # by which trackers know it
 
 
 def test_checkpoints_carry_the_identity_too(settings: Config, world: World):

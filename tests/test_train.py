@@ -32,10 +32,11 @@ from torch import Tensor
 from notus import base as base_module
 from notus import config as configuration
 from notus import distributed, evaluate, metrics, report, weights
-from notus.base import Frame, read_base
+from notus.base import Frame, load_model, read_base
 from notus.chat import ZEPHYR_TEMPLATE
 from notus.checkpoint import Checkpoints
 from notus.distributed import World
+from notus.generate import generate
 from notus.losses import METRICS, PreferenceLoss
 from notus.model import RECOMPUTE
 from notus.optim import make_optimizer
@@ -92,6 +93,7 @@ compute_dtype = "float32"
 export_dtype = "float32"
 device = "cpu"
 eval_steps = 3
+sample_prompts = 0
 [reference]
 cache_dir = "reference"
 [distributed]
@@ -186,9 +188,9 @@ def exported(out: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_run(ours: Path, theirs: Path, tolerance: float) -> None:
     """Every number of both logs, and every exported weight."""
-    timings = {"tokens_per_second", "memory_gib", "checkpoint_stall_seconds", "eval_runtime"}
+    timings = {"tokens_per_second", "memory_gib", "checkpoint_stall_seconds", "eval_runtime", "sample_seconds"}
     for mine, other in zip(read_metrics(ours), read_metrics(theirs), strict=True):
-        assert mine.keys() == other.keys()
+        assert mine.keys() - timings == other.keys() - timings
         for name in mine.keys() - timings:
             assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), (mine["step"], name)
     mine, other = exported(ours), exported(theirs)
@@ -369,9 +371,9 @@ def test_compiled_layers_are_the_same_run(run, finished: Path, tmp_path: Path):
     counters = torch._dynamo.utils.counters
     counters.clear()
     settings = "train.compile=true", "train.activation_checkpointing=elementwise", f"reference.cache_dir={tmp_path}"
-    assert_same_run(run(*settings), finished, tolerance=1e-5)
+    assert_same_run(run(*settings, "train.sample_prompts=1"), finished, tolerance=1e-5)
     # With and without gradients; the last layer, of which only some rows are wanted, and the others. The streams of the
-    # run have some 30 different lengths.
+    # run have some 30 different lengths. Samples are generated without the compiler.
     assert counters["stats"]["unique_graphs"] == 4
 
 
@@ -636,7 +638,7 @@ def test_environment_json_says_what_it_takes_to_run_again(world_dir: Path, finis
     assert facts.keys() == {
         "command", "started", "git_commit", "versions", "devices", "threads", "data_sha256", "model_sha256",
         "reference_sha256", "identity", "identity_sha256", "processes", "settings", "train_pairs", "test_pairs",
-        "steps",
+        "steps", "run_id",
     }  # fmt: skip
     alone = distributed.World(0, 1, torch.device("cpu"), None)
     assert facts["reference_sha256"] == facts["model_sha256"] == weights.digest(world_dir / "base", alone)
@@ -650,17 +652,34 @@ def test_metrics_have_every_step_by_trls_names(finished: Path):
     assert all("NaN" not in line for line in (finished / "metrics.jsonl").read_text().splitlines())
     assert [line["step"] for line in training(finished)] == list(range(1, STEPS + 1))
     assert [line["step"] for line in evaluations(finished)] == list(EVALUATIONS)
-    assert len(lines) == STEPS + len(EVALUATIONS) + 1  # and how long the last checkpoint held training up
-    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)  # a step, then its evaluation
-    for line in training(finished):
-        extra = {"grad_norm", "learning_rate", "tokens_per_second", "memory_gib"}
-        assert line.keys() == {"step", "epoch", *METRICS, *extra}
-        assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
-    for line in evaluations(finished):
-        assert line.keys() == {"step", "epoch", "eval_runtime", *(f"eval_{name}" for name in METRICS)}
+    assert [line["step"] for line in lines] == list(range(STEPS + 1))  # one a step, with all that is known of it
+    for line in lines:
+        step, names = line["step"], {"step", "epoch"}
+        if step:
+            names |= {*METRICS, "grad_norm", "learning_rate", "tokens_per_second", "memory_gib"}
+            margin = pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
+            assert line["rewards/margins"] == margin
+        if step in EVALUATIONS:
+            names |= {"eval_runtime", *(f"eval_{name}" for name in METRICS)}
+        assert line.keys() == names | ({"checkpoint_stall_seconds"} if step == STEPS else set())
     assert [line["epoch"] for line in training(finished)] == [k / 4 for k in range(1, STEPS + 1)]
     rates = [1e-3 * factor for factor in (0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
     assert [line["learning_rate"] for line in training(finished)] == pytest.approx(rates)
+
+
+def test_samples_are_the_greedy_answers_of_the_model_and_change_nothing(world_dir: Path, finished: Path, run: Callable):
+    out = run("train.sample_prompts=2")
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [step for step in EVALUATIONS for _ in range(2)]
+    for directory, found in ((world_dir / "base", samples[:2]), (out / "final", samples[-2:])):
+        base = read_base(directory)
+        prompts = [pair.prompt.tolist() for pair in (pairs_of(directory, world_dir / "test.jsonl")[i] for i in (0, 4))]
+        model = load_model(base, torch.device("cpu"), torch.float32)
+        texts = [base.tokenizer.decode(ids) for ids in generate(model, prompts, 64, base.stop_ids)]
+        assert [sample["answer"] for sample in found] == texts
+        assert [sample["prompt"] for sample in found] == [base.tokenizer.decode(prompt) for prompt in prompts]
+    assert samples[0]["before"] is None and samples[-1]["before"] == samples[1]["answer"] != samples[-1]["answer"]
+    assert_same_run(out, finished, 0)
 
 
 def test_summary_json_has_the_first_and_the_last_evaluation(finished: Path):
@@ -790,7 +809,7 @@ BAD = {
     "unknown setting in the file": (
         lambda d: (d / "run.toml").write_text(CONFIG + "chache_dir = 'x'\n"),
         [],
-        "run.toml:27: unknown setting distributed.chache_dir; did you mean data.cache_dir or reference.cache_dir?",
+        "run.toml:28: unknown setting distributed.chache_dir; did you mean data.cache_dir or reference.cache_dir?",
     ),
     "mistyped": (None, ["train.seed=true"], "command line: train.seed must be a whole number, not True"),
     "out of range": (None, ["dpo.beta=0"], "command line: dpo.beta = 0.0 is outside (0, inf)"),
