@@ -201,9 +201,9 @@ def train(config: Config, inputs: Inputs, world: distributed.World, run: Run) ->
 
     # The result: a directory that every Hugging Face tool loads, and that knows the frame it was trained in.
     evaluations = log.evaluations() or [{}]
-    report.export_model(model, run.facts, inputs, evaluations[-1], world.rank)
+    curves = report.export_model(model, run.facts, inputs, evaluations[-1], world.rank)
     if world.rank == 0:
-        world.say(report.finish(run.facts, evaluations[0], evaluations[-1], time.monotonic() - started))
+        world.say(report.finish(run.facts, evaluations[0], evaluations[-1], time.monotonic() - started, curves))
     run.status("finished")
 
 

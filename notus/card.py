@@ -3,15 +3,19 @@
 It claims only what the run itself measured on its held-out pairs.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
 from notus.run import loss_of
 
 
-def model_card(facts: dict[str, Any], metrics: dict[str, float | None]) -> str:
+def model_card(
+    facts: dict[str, Any], metrics: dict[str, float | None], base_card: str = "", curves: bool = False
+) -> str:
     """facts: what environment.json holds (run.py). metrics: the last evaluation, by TRL's names, None where a value is
-    not finite; {} if there were no held-out pairs."""
+    not finite; {} if there were no held-out pairs. base_card: the text of the base's own card, for license and
+    language. curves: whether curves.png lies beside the card."""
     settings = facts["settings"]
     loss = loss_of(settings)
     is_adapter, rank = settings["lora.export"] == "adapter", settings["lora.rank"]
@@ -35,24 +39,22 @@ def model_card(facts: dict[str, Any], metrics: dict[str, float | None]) -> str:
         name = code(Path(settings["dpo.reference"]).resolve().name)
         reference = f" Weights of the reference, {name}: `{facts['reference_sha256']}`."
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    hub_id, of_base = base_id(settings), code(base)
+    front = [*inherited(base_card), f"library_name: {'peft' if is_adapter else 'transformers'}"]
+    front += ["pipeline_tag: text-generation", "tags:", "- dpo", "- preference", "- notus", *["- lora"] * bool(rank)]
+    if hub_id:
+        of_base = f"[{hub_id}](https://huggingface.co/{hub_id})"
+        front += [f"base_model: {hub_id}", f"base_model_relation: {'adapter' if is_adapter else 'finetune'}"]
+    if settings["data.hub_ids"]:
+        front += ["datasets:", *(f"- {name}" for name in settings["data.hub_ids"])]
+    lines = "\n".join(front)
     return f"""---
-base_model: {quoted(base)}
-library_name: {"peft" if is_adapter else "transformers"}
-pipeline_tag: text-generation
-tags:
-- dpo
-- preference
-- notus{
-        '''
-- lora'''
-        if rank
-        else ""
-    }
+{lines}
 ---
 
 # {plain(output)}
 
-{code(base)} tuned by {loss.member.title} ([{loss.member.paper}]({loss.member.url})) with
+{of_base} tuned by {loss.member.title} ([{loss.member.paper}]({loss.member.url})) with
 notus {facts["versions"]["notus"]}, commit `{facts["git_commit"]}`.
 
 ## Training
@@ -70,30 +72,71 @@ notus {facts["versions"]["notus"]}, commit `{facts["git_commit"]}`.
 | precision | {settings["train.compute_dtype"]} compute, {kept}; exported in {dtype} |
 | seed | {settings["train.seed"]} |
 
+{"![Curves of loss, rewards, accuracy, margin, gradient norm and learning rate](curves.png)" if curves else ""}
+
 {evaluation if names else "There were no held-out pairs, so nothing was evaluated."}
 
 Accuracy is the share of pairs whose chosen answer has the higher reward, \
 {loss.reward("model", "reference" if settings["dpo.reference"] else "base")}.
 
-## Text
+## How to use it
 
-Use the chat template of this repository. Training put {"one BOS" if settings["data.bos"] else "no BOS"} in front, \
-inserted {plain(frame)}, and ended each answer with one EOS.
+```python
+{usage(settings, is_adapter)}```
+
+Training put {"one BOS" if settings["data.bos"] else "no BOS"} in front, inserted {plain(frame)}, and ended each \
+answer with one EOS. These lines do the same, and notus's tests run them. vLLM (`vllm serve`) and llama.cpp (its \
+`convert_hf_to_gguf.py`) read such files{" once the adapter is merged" if is_adapter else ""}; they were not tried \
+with this model.
 
 ## Provenance
 
-Base weights, sha256 over files: `{facts["model_sha256"]}`.{reference} Training data:
+Base weights, sha256 over files: `{facts["model_sha256"]}`.{reference} Data:
 
 {files}
+
+Trained on {facts["train_rows"]}. Held out: {facts["test_rows"]}.
 
 Software: {versions}. The licences of the base and of the data apply.
 """
 
 
-def quoted(text: str) -> str:
-    """A string in YAML. JSON's spelling will not do: its two escapes of an emoji are two characters there."""
-    inner = "".join(c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08X}" for c in text)
-    return f'"{inner}"'
+def base_id(settings: dict[str, Any]) -> str:
+    """The base's id on the Hub: model.hub_id, or what the Hub's own cache calls its folder. "" if neither says: the
+    base's card and config.json name what it was trained from, and a wrong id is worse than none."""
+    found = re.search(r"/models--([^/]+)--([^/]+)/snapshots/", f"/{settings['model.path']}/".replace("\\", "/"))
+    return settings["model.hub_id"] or (f"{found[1]}/{found[2]}" if found else "")
+
+
+def inherited(base_card: str) -> list[str]:
+    """The lines of the base's front matter that hold for what was trained from it: license and language."""
+    front = re.match(r"---\n(.*?)\n---", base_card, re.DOTALL)
+    keys = r"^(?:license|license_name|license_link|language):(?: *[\w.:/,\[\]\' -]+| *(?:\n- [\w-]+)+)$"
+    return re.findall(keys, front[1], re.MULTILINE) if front else []
+
+
+def usage(settings: dict[str, Any], is_adapter: bool) -> str:
+    """Python that asks the model in the frame of its training."""
+    system = repr({"role": "system", "content": settings["data.system_prompt"]})
+    turns = [system] * settings["data.insert_system"] + [repr({"role": "user", "content": "Why is the sky blue?"})]
+    auto, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if is_adapter:
+        auto = "AutoPeftModelForCausalLM"
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+    bos = 'tokenizer.bos_token or ""' if settings["data.bos"] else '""'
+    return f"""\
+{imports}
+
+path = "."  # this folder, or its id on the Hub
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = {auto}.from_pretrained(path, dtype="auto")
+messages = [{", ".join(turns)}]
+text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+bos = {bos}
+inputs = tokenizer(bos + text.removeprefix(bos), add_special_tokens=False, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+"""
 
 
 def plain(text: str) -> str:

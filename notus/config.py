@@ -40,6 +40,7 @@ def setting(doc: str, default: Any = MISSING, within: str = "", path: bool = Fal
 @dataclass(frozen=True, kw_only=True)
 class Model:
     path: str = setting("Hugging Face directory of the SFT model: the starting point, and the reference", path=True)
+    hub_id: str = setting("its id on the Hub, owner/name, for the model card; empty: as the Hub's cache says", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class Data:
     drop_bad_pairs: bool = setting("drop pairs with equal or empty answers; false stops at the first one", False)
     insert_system: bool = setting("add a system turn if the first turn is not one, as in Zephyr's SFT", True)
     system_prompt: str = setting("text of the added system turn; empty in Zephyr and Notus", "")
+    hub_ids: tuple[str, ...] = setting("ids of the data sets on the Hub, owner/name, for the model card", ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,14 +161,16 @@ LOSSES = {
     "apo_zero": ("0.05 to 0.5", ()),
 }
 
+BELONGS_TO = {"dpo.beta": "dpo.loss", "model.hub_id": "model.path", "data.hub_ids": "data.train"}
+
 SECTIONS: dict[str, Any] = {s.name: s.type for s in fields(Config)}
 SETTINGS: dict[str, Field] = {f"{section}.{f.name}": f for section, kind in SECTIONS.items() for f in fields(kind)}
 
 
 # May differ when a run resumes: where things are, what is measured, and how the same result is computed.
 FREE_ON_RESUME = {
-    "model.path", "dpo.reference", "data.train", "data.test", "data.cache_dir", "reference.cache_dir",
-    "lora.export", "train.output_dir",
+    "model.path", "model.hub_id", "dpo.reference", "data.train", "data.test", "data.cache_dir", "data.hub_ids",
+    "reference.cache_dir", "lora.export", "train.output_dir",
     "train.device", "train.compile", "train.micro_batch_tokens", "train.activation_checkpointing", "train.eval_steps",
     "train.sample_prompts", "train.log_steps", "train.save_steps", "train.keep_checkpoints", "train.max_skipped_steps",
     "train.export_dtype",
@@ -302,9 +306,9 @@ def read_file(path: Path, extended_by: tuple[str, ...] = ()) -> dict[str, tuple[
 
 
 def replaced(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """The entries `below` with those `above` in their place. A loss that is named above does not inherit the beta of
-    another loss from below."""
-    return {name: value for name, value in below.items() if name != "dpo.beta" or "dpo.loss" not in above} | above
+    """The entries `below` with those `above` in their place. A loss, a model or data named above do not inherit from
+    below what belongs to another one."""
+    return {name: value for name, value in below.items() if BELONGS_TO.get(name) not in above} | above
 
 
 def parse_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -437,6 +441,9 @@ def check(config: Config, where: dict[str, str]) -> None:
         refuse(
             f"data.test_size = {data.test_size:g} must be a share below 1 or a whole number of rows", "data.test_size"
         )
+    for name, ids in (("model.hub_id", [config.model.hub_id]), ("data.hub_ids", data.hub_ids)):
+        if wrong := [text for text in ids if not re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)?", text, re.ASCII)]:
+            refuse(f"{name} has {shown(wrong[0])}; an id on the Hub is owner/name", name)
     for name in ("train.output_dir", "data.cache_dir", "reference.cache_dir"):
         if os.path.realpath(path := flat(config)[name]) == os.path.realpath(config.model.path):
             refuse(f"{name} = {path!r} is the folder of the model, which is only read", name, "model.path")

@@ -6,11 +6,15 @@ torchrun's environment variables are read here and nowhere else.
 import ctypes
 import gc
 import os
+import shutil
 import signal
+import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -30,9 +34,12 @@ class World:
     mesh: DeviceMesh | None  # None: one process without a process group
 
     def say(self, text: str) -> None:
-        """Print on one rank."""
+        """Print on one rank. On a terminal long lines that begin with a name are folded behind it; commands are not."""
         if self.rank == 0:
-            print(text, flush=True)
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+            fold = partial(textwrap.fill, width=width, subsequent_indent=" " * 12, break_on_hyphens=False)
+            for line in text.split("\n"):
+                print(line if line[:1] in ("", " ") else fold(line, break_long_words=False), flush=True)
 
 
 def rank() -> int:

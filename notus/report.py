@@ -5,16 +5,16 @@
 
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from notus.base import write_frame
-from notus.card import model_card
+from notus.card import base_id, model_card
 from notus.cost import Job, num_adapter_parameters, num_parameters
 from notus.distributed import World
 from notus.files import sentence, write_atomically
@@ -64,22 +64,39 @@ def banner(facts: dict[str, Any], inputs: Inputs, world: World, notes: Sequence[
 
 def export_model(
     model: Mistral, facts: dict[str, Any], inputs: Inputs, evaluation: dict[str, float | None], rank: int
-) -> None:
+) -> str:
     """Write the trained model, or its adapter alone (in float32, for it is small), to OUTPUT_DIR/final, with its model
-    card and the frame that it was trained in. All ranks call."""
+    card, its curves and the frame that it was trained in. All ranks call. Returns where the curves are, or why not."""
     settings, base, lora = facts["settings"], inputs.base, lora_of(facts["settings"])
-    adapter = peft_config(lora, settings["model.path"]) if lora and settings["lora.export"] == "adapter" else None
+    output, card, picture = Path(settings["train.output_dir"]), base.path / "README.md", None
+    try:
+        picture = plot(output) if rank == 0 else None
+        curves = str(picture)
+    except (ImportError, OSError, ValueError) as error:
+        curves = f"not drawn: {error}"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    base_name = base_id(settings) or settings["model.path"]
+    adapter = peft_config(lora, base_name) if lora and settings["lora.export"] == "adapter" else None
+
+    def complete(directory: Path) -> None:
+        write_frame(inputs.frame, directory)
+        if picture:
+            shutil.copyfile(picture, directory / "curves.png")
+
     dtype = torch.float32 if adapter else getattr(torch, settings["train.export_dtype"])
     export(
-        model, base.path, Path(settings["train.output_dir"]) / "final", dtype, model_card(facts, evaluation), rank,
+        model, base.path, output / "final", dtype, model_card(facts, evaluation, text, picture is not None), rank,
         chat_template=base.template.source if base.template.is_default else None, eos_id=base.tokenizer.eos_id,
-        adapter=adapter, finish=partial(write_frame, inputs.frame),
+        adapter=adapter, finish=complete,
     )  # fmt: skip
+    return curves
 
 
-def finish(facts: dict[str, Any], first: dict[str, float | None], last: dict[str, float | None], seconds: float) -> str:
-    """Write summary.json, draw the curves, and say where everything is. first, last: evaluations, by metric name, None
-    where a value is not finite; {} without held-out pairs."""
+def finish(
+    facts: dict[str, Any], first: dict[str, float | None], last: dict[str, float | None], seconds: float, curves: str
+) -> str:
+    """Write summary.json, and say where everything is. first, last: evaluations, by metric name, None where a value is
+    not finite; {} without held-out pairs."""
 
     def shown(value: float | None) -> str:
         return "not finite" if value is None else f"{value:.3f}"
@@ -92,11 +109,7 @@ def finish(facts: dict[str, Any], first: dict[str, float | None], last: dict[str
     if last:
         names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
         changes = (f"{name} {shown(first[key])} -> {shown(last[key])}" for name, key in names.items())
-        lines.append(f"  held out  {'   '.join(changes)}")
-    try:
-        curves = str(plot(output))
-    except (ImportError, OSError, ValueError) as error:
-        curves = f"not drawn: {error}"
+        lines.append(f"  held out  {'  '.join(changes)}")
     is_adapter = settings["lora.export"] == "adapter"
     layout = "PEFT's adapter, float32" if is_adapter else f"Hugging Face layout, {settings['train.export_dtype']}"
     lines += [

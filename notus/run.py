@@ -53,7 +53,7 @@ from notus.losses import PreferenceLoss
 from notus.metrics import Log
 from notus.optim import schedule_notes
 from notus.packing import steps_per_epoch
-from notus.tokens import PairSet, load_pairs
+from notus.tokens import PairSet, describe_counts, load_pairs
 from notus.trackers import Trackers, check_installed
 from notus.weights import digest
 
@@ -227,6 +227,8 @@ def open_run(config: Config, inputs: Inputs, world: World, fresh: bool, held: Ex
         "processes": world.size,
         "train_pairs": len(inputs.train),
         "test_pairs": len(inputs.test),
+        "train_rows": describe_counts(inputs.train.counts),
+        "test_rows": describe_counts(inputs.test.counts) if len(inputs.test) else "none",
         "steps": total_steps(config, inputs.train),
     }
     facts["reference_sha256"] = facts["model_sha256"]

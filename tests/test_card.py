@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from markdown_it import MarkdownIt
 
 from notus import config as configuration
@@ -19,6 +21,7 @@ RECIPE = configuration.CONFIGS / "notus-7b-v1.toml"
 def facts_of(*overrides: str, files: tuple[str | Path, ...] = (), **changes: Any) -> dict[str, Any]:
     """As a run makes them, of the recipe."""
     more = {"model_sha256": "ab" * 32, "processes": 8, "train_pairs": 61_619, "test_pairs": 2000, "steps": 2889}
+    more |= {"train_rows": "61,619 pairs of 61,620 rows; dropped: 1 equal answers", "test_rows": "none"}
     settings = configuration.flat(configuration.load(RECIPE, overrides))
     return environment(files) | {"settings": settings} | more | changes
 
@@ -57,21 +60,57 @@ def test_another_reference_is_said():
 def test_front_matter_names_the_base_and_how_to_load_it():
     front, _ = parse(model_card(facts_of(), METRICS))
     assert front == {
-        "base_model": "zephyr-7b-sft-full",
+        "base_model": "alignment-handbook/zephyr-7b-sft-full",
+        "base_model_relation": "finetune",
+        "datasets": ["openbmb/UltraFeedback"],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["dpo", "preference", "notus"],
     }
+    adapter, _ = parse(model_card(facts_of("lora.rank=4", "lora.export=adapter"), METRICS))
+    assert (adapter["base_model"], adapter["base_model_relation"]) == (front["base_model"], "adapter")
 
 
 @pytest.mark.parametrize(
-    "name", ['a "quoted": name', "null", "1.0", "# no comment", "base: {x}", "基座", "wind 🌬", "a\\b\x7f", "a\u2028b"]
+    ("settings", "named"),
+    [
+        (["model.hub_id=HuggingFaceTB/SmolLM2-135M"], "HuggingFaceTB/SmolLM2-135M"),
+        (["model.path=/root/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/0a1b"], "Qwen/Qwen3-8B"),
+        (["model.path=models/my-own-base"], None),  # the recipe's id does not go with another path
+        (["model.path=models/my-own-base", "model.hub_id=me/own"], "me/own"),
+    ],
 )
-def test_front_matter_holds_any_name(name: str):
-    facts = facts_of()
-    facts["settings"]["model.path"] = f"models/{name}"
-    front, _ = parse(model_card(facts, {}))
-    assert front["base_model"] == name
+def test_a_base_has_an_id_on_the_hub_or_none(settings: list[str], named: str | None):
+    front, body = parse(model_card(facts_of(*settings), {}))
+    assert front.get("base_model") == named and ("base_model_relation" in front) == bool(named)
+    assert (f"[{named}](https://huggingface.co/{named})" if named else "`my-own-base`") in body
+    if named:
+        validate_repo_id(named)
+
+
+BASE_CARDS = {
+    "license: apache-2.0\nlanguage:\n- en\n- de\nbase_model: a/b": {"license": "apache-2.0", "language": ["en", "de"]},
+    "language: en\ntags:\n- x\nlicense: other\nlicense_name: llama3.2\nlicense_link: https://a.b/c": {
+        "license": "other", "license_name": "llama3.2", "license_link": "https://a.b/c", "language": "en",
+    },
+    "language: [en, fr]": {"language": ["en", "fr"]},
+    "license: |\n  evil: text": {},
+    "license:\n  nested: 1": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("front", BASE_CARDS)
+def test_license_and_language_are_those_of_the_base(front: str):
+    card = model_card(facts_of(), METRICS, f"---\n{front}\n---\n# license: mit\n")
+    usual, _ = parse(model_card(facts_of(), METRICS, "# no front matter\nlicense: mit\n"))
+    assert parse(card)[0] == usual | BASE_CARDS[front] and "license" not in usual
+    read = ModelCard(card).data.to_dict()  # as the Hub's own tools read it
+    assert read.items() >= (usual | BASE_CARDS[front]).items()
+
+
+def test_curves_are_shown_where_they_are():
+    assert "](curves.png)" in model_card(facts_of(), METRICS, curves=True)
+    assert "curves.png" not in model_card(facts_of(), METRICS)
 
 
 def test_the_facts_are_those_of_the_run(tmp_path: Path):
@@ -119,8 +158,10 @@ def test_names_are_text_and_neither_markdown_nor_html(name: str):
     """Of the output folder, the base and a data file, and the system prompt, as a renderer shows them."""
     facts = facts_of(data_sha256={f"data/{name}": "cd" * 32})
     facts["settings"] |= {"train.output_dir": f"runs/{name}", "model.path": f"models/{name}"}
-    facts["settings"] |= {"data.system_prompt": name}
-    tokens, usual = (render(model_card(each, {})) for each in (facts, facts_of(data_sha256={"data/x": "cd" * 32})))
+    facts["settings"] |= {"data.system_prompt": name, "model.hub_id": ""}
+    tokens, usual = (
+        render(model_card(each, {})) for each in (facts, facts_of("model.hub_id=", data_sha256={"data/x": "cd" * 32}))
+    )
     assert kinds(tokens) <= kinds(usual)
     assert tokens[0].tag == "h1" and "".join(t.content for t in tokens[1].children) == name.replace("\n", " ")
     codes = [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]

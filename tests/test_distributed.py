@@ -1,5 +1,6 @@
 """distributed.py: ranks add up to what one process computes, in float32, and a rank with nothing to do adds nothing."""
 
+import io
 import platform
 import subprocess
 import sys
@@ -206,3 +207,20 @@ def test_freed_memory_stays_with_the_process():
         return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
     assert 5 * faults("keep") < faults("give back")
+
+
+def test_a_terminal_gets_folded_lines_and_whole_commands(monkeypatch: pytest.MonkeyPatch):
+    """Lines that begin with a name are folded behind it. What one may paste stays one line."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "40")
+    text = f"train       {'a word ' * 12}\n  python {'--flag ' * 12}\n\ndone"
+    folded = ["train       a word a word a word a word", *2 * ["            a word a word a word a word"]]
+    for stream, lines in ((Terminal(), folded), (io.StringIO(), text.splitlines()[:1])):
+        monkeypatch.setattr(sys, "stdout", stream)
+        World(0, 1, torch.device("cpu"), None).say(text)
+        World(1, 2, torch.device("cpu"), None).say(text)
+        assert stream.getvalue().rstrip("\n").split("\n") == [*lines, *text.split("\n")[1:]]

@@ -24,7 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import write_mistral_tokenizer
-from forked import join, log_of, start_ranks, start_server
+from forked import join, log_of, no_curves, start_ranks, start_server
 from safetensors.torch import load_file, save_file
 from tiny import config_json, hf_load, hf_logps, random_pairs, save_checkpoint, tiny_config, tiny_model
 from torch import Tensor
@@ -159,7 +159,7 @@ def finished(world_dir: Path) -> Path:
 def run(finished: Path, monkeypatch, tmp_path: Path) -> Callable[..., Path]:
     """Run again with other settings, into another folder -> that folder."""
     monkeypatch.chdir(finished.parent)
-    monkeypatch.setattr(train.report, "plot", lambda output: output)  # curves take longer than the run
+    monkeypatch.setattr(train.report, "plot", no_curves)  # they take longer than the run
 
     def run(*overrides: str) -> Path:
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
@@ -629,6 +629,21 @@ def test_the_output_is_complete_and_nothing_else(world_dir: Path, finished: Path
         assert (finished / "final" / name).read_bytes() == (world_dir / "base" / name).read_bytes()
 
 
+@pytest.mark.parametrize("exported", ["merged", "adapter"])
+def test_the_lines_of_the_model_card_ask_in_the_frame_of_the_training(
+    world_dir: Path, finished: Path, run: Callable, capsys, exported: str
+):
+    final = (finished if exported == "merged" else run("lora.rank=2", "lora.export=adapter")) / "final"
+    code = re.search(r"```python\n(.*?)```", (final / "README.md").read_text(), re.DOTALL)[1]
+    found: dict = {}
+    capsys.readouterr()
+    exec(code.replace('path = "."', f"path = {str(final)!r}").replace("=256", "=8"), found)
+    base = read_base(world_dir / "base")
+    prompt = base.encoder(Frame()).prompt([{"role": "user", "content": "Why is the sky blue?"}])
+    assert found["inputs"]["input_ids"].tolist() == [prompt]
+    assert capsys.readouterr().out == base.tokenizer.decode(found["answer"].tolist()) + "\n"
+
+
 def test_config_toml_is_the_configuration_of_the_run(world_dir: Path, finished: Path):
     assert configuration.load(finished / "config.toml") == configuration.load(world_dir / "run.toml")
 
@@ -638,7 +653,7 @@ def test_environment_json_says_what_it_takes_to_run_again(world_dir: Path, finis
     assert facts.keys() == {
         "command", "started", "git_commit", "versions", "devices", "threads", "data_sha256", "model_sha256",
         "reference_sha256", "identity", "identity_sha256", "processes", "settings", "train_pairs", "test_pairs",
-        "steps", "run_id",
+        "steps", "run_id", "train_rows", "test_rows",
     }  # fmt: skip
     alone = distributed.World(0, 1, torch.device("cpu"), None)
     assert facts["reference_sha256"] == facts["model_sha256"] == weights.digest(world_dir / "base", alone)
