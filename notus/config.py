@@ -306,9 +306,10 @@ def read_file(path: Path, extended_by: tuple[str, ...] = ()) -> dict[str, tuple[
 
 
 def replaced(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """The entries `below` with those `above` in their place. A loss, a model or data named above do not inherit from
-    below what belongs to another one."""
-    return {name: value for name, value in below.items() if BELONGS_TO.get(name) not in above} | above
+    """The entries `below` with those `above` in their place. Another loss, model or data do not inherit from below what
+    belongs to the one there."""
+    others = {name for name, (value, _) in above.items() if name not in below or below[name][0] != value}
+    return {name: entry for name, entry in below.items() if BELONGS_TO.get(name) not in others} | above
 
 
 def parse_file(path: Path) -> tuple[dict[str, Any], dict[str, int]]:

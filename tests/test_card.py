@@ -76,6 +76,7 @@ def test_front_matter_names_the_base_and_how_to_load_it():
     [
         (["model.hub_id=HuggingFaceTB/SmolLM2-135M"], "HuggingFaceTB/SmolLM2-135M"),
         (["model.path=/root/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/0a1b"], "Qwen/Qwen3-8B"),
+        (["model.path=models/zephyr-7b-sft-full"], "alignment-handbook/zephyr-7b-sft-full"),  # the same path
         (["model.path=models/my-own-base"], None),  # the recipe's id does not go with another path
         (["model.path=models/my-own-base", "model.hub_id=me/own"], "me/own"),
     ],
@@ -159,9 +160,8 @@ def test_names_are_text_and_neither_markdown_nor_html(name: str):
     facts = facts_of(data_sha256={f"data/{name}": "cd" * 32})
     facts["settings"] |= {"train.output_dir": f"runs/{name}", "model.path": f"models/{name}"}
     facts["settings"] |= {"data.system_prompt": name, "model.hub_id": ""}
-    tokens, usual = (
-        render(model_card(each, {})) for each in (facts, facts_of("model.hub_id=", data_sha256={"data/x": "cd" * 32}))
-    )
+    usual = facts_of("model.hub_id=", data_sha256={"data/x": "cd" * 32})
+    tokens, usual = (render(model_card(each, {})) for each in (facts, usual))
     assert kinds(tokens) <= kinds(usual)
     assert tokens[0].tag == "h1" and "".join(t.content for t in tokens[1].children) == name.replace("\n", " ")
     codes = [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]

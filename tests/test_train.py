@@ -620,7 +620,7 @@ def test_the_output_is_complete_and_nothing_else(world_dir: Path, finished: Path
         return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
     final = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer.model"}
-    final |= {"tokenizer_config.json", "notus.json"}
+    final |= {"tokenizer_config.json", "notus.json", "curves.png"}
     papers = {"config.toml", "environment.json", "metrics.jsonl", "status.json", "summary.json"}
     papers |= {"curves.png", "run.lock"}
     saved = {f"checkpoints/step-00000008/{name}" for name in ("checkpoint.json", SHARD)}
@@ -711,7 +711,8 @@ def test_the_model_card_has_the_last_evaluation(finished: Path):
     last = evaluations(finished)[-1]
     assert f"| loss | {last['eval_loss']:.4f} |" in card
     assert f"| rewards/accuracies | {last['eval_rewards/accuracies']:.4f} |" in card
-    assert 'base_model: "base"' in card and "| pairs | 40 |" in card
+    assert "`base` tuned by" in card and "base_model" not in card and "](curves.png)" in card
+    assert "| pairs | 40 |" in card and "Trained on 40 pairs of 40 rows" in card
 
 
 def test_log_steps_averages_over_the_pairs_between(run, finished: Path):
