@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from notus.files import SHARED
+
 
 def commands() -> dict[str, str]:
     """Name -> first line of its docstring. Files are parsed, not imported, since importing torch takes seconds."""
@@ -19,4 +21,4 @@ def commands() -> dict[str, str]:
 if __name__ == "__main__":
     for name, line in commands().items():
         print(f"python -m notus.{name:10} {line}")
-    print("\nEach has --help. Two scripts are in the root of the repository: train.py, and binarize.py for its pairs.")
+    print(f"\nEach has --help. Scripts in {SHARED}: train.py; binarize.py and audit.py for its data.")

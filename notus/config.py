@@ -23,12 +23,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from notus.files import read_text, sentence
+from notus.files import SHARED, read_text, sentence
 
 MAX_GPUS = 100_000  # to plan for
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # that LoRA can learn
 TRACKERS = ("tensorboard", "wandb", "trackio")
-CONFIGS = Path(__file__).parent.parent / "configs"  # the shipped files, from any working directory
+CONFIGS = SHARED / "configs"
 
 
 def setting(doc: str, default: Any = MISSING, within: str = "", path: bool = False) -> Any:

@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 from notus.base import Base, Frame, read_base
 from notus.chat import ZEPHYR_TEMPLATE
-from notus.files import sentence, write_atomically
+from notus.files import SHARED, sentence, write_atomically
 from notus.model import Mistral, stream_logps
 from notus.optim import lr_at, make_optimizer
 from notus.packing import pack
 from notus.weights import export
 
-BINARIZE = Path(__file__).parent.parent / "binarize.py"
+BINARIZE, TRAIN = SHARED / "binarize.py", SHARED / "train.py"
 
 
 @dataclass(frozen=True)
@@ -333,8 +333,6 @@ def make_base(output: Path, asked: Sequence[tuple[Question, list[str]]], seed: i
 
 
 def make_pairs(output: Path, seed: int, settings: Settings) -> None:
-    if not BINARIZE.is_file():
-        raise ValueError(f"{BINARIZE}: no such file; the demo needs a checkout of the repository, not only the package")
     command = [sys.executable, BINARIZE, output / "raw.jsonl", "--output", output / "pairs.jsonl", "--overwrite"]
     command += ["--test-size", settings.test_pairs, "--seed", seed]
     if (result := subprocess.run(list(map(str, command)), capture_output=True, text=True)).returncode:
@@ -411,7 +409,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     elsewhere = args.output != parser.get_default("output")  # than configs/demo.toml expects it
     overrides = [f"{name}={args.output / piece}" for name, piece in paths.items()] if elsewhere else []
-    print(CLOSING.format(args.output, Settings(), shlex.join(["python", "train.py", *overrides])))
+    script = TRAIN.name if Path.cwd() / TRAIN.name == TRAIN else str(TRAIN)
+    print(CLOSING.format(args.output, Settings(), shlex.join(["python", script, *overrides])))
     return 0
 
 

@@ -7,6 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
+import site
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -15,6 +17,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+# Where train.py, binarize.py, audit.py and configs/ are: in the checkout, or where a wheel puts them (setup.cfg).
+SHARED = next(
+    (path for path in (Path(__file__).parent.parent, Path(site.USER_BASE or ".") / "share" / "notus")
+     if (path / "train.py").is_file()),
+    Path(sys.prefix) / "share" / "notus",
+)  # fmt: skip
 MAX_BYTES = 1 << 28  # of a file that is read at once; the largest tokenizer files in use have about 35 MB
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 from collections import Counter
 from itertools import pairwise
@@ -234,17 +235,15 @@ def test_files_of_others_are_not_touched(tmp_path, capsys):
     assert (tmp_path / "raw.jsonl").read_text() == "mine"
 
 
-def test_without_binarize_the_error_says_what_is_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "BINARIZE", tmp_path / "binarize.py")
-    with pytest.raises(ValueError, match="checkout of the repository"):
-        demo.make(tmp_path / "demo", settings=TINY)
-
-
 @pytest.mark.parametrize("folder", [None, "it's a $HOME; run & more"])
 def test_the_command_at_the_end_is_one_for_a_shell(folder: str | None, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(demo, "make", lambda _output, _seed: None)
+    monkeypatch.chdir(demo.TRAIN.parent)
     assert demo.main(["--output", folder] if folder else []) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     words = subprocess.check_output(["sh", "-c", f"printf '%s\\0' {line}"], text=True).split("\0")[:-1]
     assert words[:2] == ["python", "train.py"] and len(words) == (6 if folder else 2)
+    monkeypatch.chdir("/")  # away from the checkout, as after the installation of a wheel
+    assert demo.main([]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"  python {shlex.quote(str(demo.TRAIN))}"
     assert not folder or config.load(config.CONFIGS / "demo.toml", words[2:]).train.output_dir == f"{folder}/dpo"

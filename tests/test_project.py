@@ -4,8 +4,10 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -177,3 +179,27 @@ def test_a_preempted_job_is_requeued_and_no_other(body: str, code: int, requeued
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
         assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+def test_a_wheel_has_what_the_demo_and_the_commands_after_it_need(tmp_path: Path):
+    build_meta = pytest.importorskip("setuptools.build_meta")
+    copied = tmp_path / "notus"
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (copied / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, copied / name)
+    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=copied, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith("notus_dpo-") and build_meta
+    with zipfile.ZipFile(wheel) as archive:
+        names = {re.sub(r"^[^/]+\.data/data/share/notus/", "share:", name) for name in archive.namelist()}
+    files = {str(path.relative_to(ROOT)) for folder in ("configs", "page") for path in (ROOT / folder).rglob("*.*")}
+    shared = {name.removeprefix("share:") for name in names if name.startswith("share:")}
+    assert shared == {*files, "page/tabulator/LICENSE", "train.py", "binarize.py", "audit.py"}
+    assert {f"notus/{path.name}" for path in (ROOT / "notus").glob("*.py")} | {"notus/py.typed"} <= names
+    top = {name.partition("/")[0] for name in names if not name.startswith("share:")}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"notus"}  # no `train` for others to import
