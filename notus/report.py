@@ -24,6 +24,7 @@ from notus.model import Mistral
 from notus.plan import describe_cost
 from notus.plot import plot
 from notus.run import Inputs, lora_of
+from notus.slices import Slice, table
 from notus.tokens import describe_counts, describe_pair
 from notus.weights import export
 
@@ -77,7 +78,7 @@ def export_model(
     )  # fmt: skip
 
 
-def finish(facts: dict[str, Any], first: dict[str, float | None], last: dict[str, float | None], seconds: float) -> str:
+def finish(facts: dict[str, Any], first: dict[str, Any], last: dict[str, Any], seconds: float) -> str:
     """Write summary.json, draw the curves, and say where everything is. first, last: evaluations, by metric name, None
     where a value is not finite; {} without held-out pairs."""
 
@@ -93,6 +94,7 @@ def finish(facts: dict[str, Any], first: dict[str, float | None], last: dict[str
         names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
         changes = (f"{name} {shown(first[key])} -> {shown(last[key])}" for name, key in names.items())
         lines.append(f"  held out  {'   '.join(changes)}")
+        lines += [f"  {line}" for line in table([Slice(**each) for each in last.get("eval_slices", [])])]
     try:
         curves = str(plot(output))
     except (ImportError, OSError, ValueError) as error:

@@ -654,8 +654,12 @@ def test_metrics_have_every_step_by_trls_names(finished: Path):
         extra = {"grad_norm", "learning_rate", "tokens_per_second", "memory_gib"}
         assert line.keys() == {"step", "epoch", *METRICS, *extra}
         assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
-    for line in evaluations(finished):
-        assert line.keys() == {"step", "epoch", "eval_runtime", *(f"eval_{name}" for name in METRICS)}
+    more = {"runtime", "logratios/chosen", "logratios/rejected", "rewards/length_correlation"}
+    first, *others = evaluations(finished)  # at first all rewards are 0, which correlates with nothing
+    for line in others:
+        assert line.keys() == {"step", "epoch", *(f"eval_{name}" for name in (*METRICS, *more))}
+        assert line["eval_logratios/chosen"] == pytest.approx(10 * line["eval_rewards/chosen"], rel=1e-9)
+    assert first.keys() == line.keys() - {"eval_rewards/length_correlation"}
     assert [line["epoch"] for line in training(finished)] == [k / 4 for k in range(1, STEPS + 1)]
     rates = [1e-3 * factor for factor in (0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
     assert [line["learning_rate"] for line in training(finished)] == pytest.approx(rates)
