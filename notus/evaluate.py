@@ -121,7 +121,7 @@ def read_sources(pairs: PairSet) -> list[str] | None:
     try:
         known = read_subsets(list(files), "source")
         return [known[where] for where in pairs.where.tolist()]
-    except (ValueError, OSError, KeyError):  # rows without it, rows from Python, or a file that has changed
+    except (ValueError, OSError, KeyError, TypeError):  # rows without it, rows from Python, or a file that changed
         return None
 
 

@@ -125,13 +125,13 @@ def labels(run_dirs: Sequence[Path]) -> list[str]:
 def levels(name: str, losses: Sequence[PreferenceLoss]) -> dict[float, str]:
     """Values with a meaning, of a panel, and what they mean."""
     referenced = all(loss.member.reference for loss in losses)
-    if name == "loss":
-        return {loss.start: f"{loss.start:.4g}: policy = reference" for loss in losses if loss.start is not None}
-    if name == "margin":
-        return {0: "policy = reference" if referenced else "chance"}
-    return (
-        {0.5: "chance"} if name == "accuracy" else {0: "policy = reference"} if name == "rewards" and referenced else {}
-    )
+    known: dict[str, dict[float, str]] = {
+        "loss": {loss.start: f"{loss.start:.4g}: policy = reference" for loss in losses if loss.start is not None},
+        "rewards": {0: "policy = reference"} if referenced else {},
+        "accuracy": {0.5: "chance"},
+        "margin": {0: "policy = reference" if referenced else "chance"},
+    }
+    return known.get(name, {})
 
 
 class Run(NamedTuple):
