@@ -49,7 +49,7 @@ from notus.files import sentence, write_atomically
 from notus.generate import choose_frame, model_arguments, place
 from notus.losses import METRICS, PreferenceLoss
 from notus.model import Mistral
-from notus.reference import score_pairs
+from notus.reference import rounding, score_pairs
 from notus.rows import check_file, check_text, read_records
 from notus.tokens import PairSet, describe_counts, load_pairs
 
@@ -97,15 +97,19 @@ def summarize(
 
     logratios/chosen, /rejected   log pi(y|x) - log pi_ref(y|x), if the loss has a reference. The policy did not write
                                   these answers, so this estimates no KL divergence
-    rewards/length_correlation    Pearson's, of reward and tokens over all 2P answers. Left out where one is constant
+    rewards/length_correlation    Pearson's, of reward and tokens over all 2P answers. Left out where one is constant,
+                                  and where the policy is the reference but for float32's rounding
     """
     tokens = answer_tokens(pairs)
     rewards = preference_loss.rewards(policy, reference, tokens)
     metrics = preference_loss.metrics(preference_loss(policy, reference, tokens), policy, reference, tokens)
     found = dict(zip(METRICS, metrics.mean(0).tolist(), strict=True))
-    if preference_loss.member.reference:
-        found |= zip(("logratios/chosen", "logratios/rejected"), (policy - reference).mean(0).tolist(), strict=True)
     correlation = torch.corrcoef(torch.stack([rewards.flatten(), tokens.double().flatten()]))[0, 1].item()
+    if preference_loss.member.reference:
+        ratios = policy - reference
+        found |= zip(("logratios/chosen", "logratios/rejected"), ratios.mean(0).tolist(), strict=True)
+        if (ratios.abs() <= rounding(tokens, reference, torch.float32)).all():
+            correlation = math.nan
     found |= {"rewards/length_correlation": correlation} if math.isfinite(correlation) else {}
     return found, slices.slices(rewards.numpy(), policy.numpy(), tokens.numpy(), sources)
 

@@ -100,6 +100,10 @@ def check_held_out_metrics(path: Path, names: list[str]) -> None:
                 assert each["accuracy"] == pytest.approx(right.mean()) and each["pairs"] == len(right)
         sources = [each["name"] for each in found.get("eval_slices", []) if each["by"] == "source"]
         assert sources == (names if count == 23 else [])
+    near = torch.from_numpy(policy * (1 + 1e-8))  # as another order of the same sums would give
+    assert "eval_rewards/length_correlation" not in held_out_metrics(
+        model, pair_set(pairs), near, world, 60, PreferenceLoss("dpo", 0.5)
+    )
     distributed.stop()
 
 
