@@ -142,8 +142,8 @@ def train(config: Config, inputs: Inputs, world: distributed.World, run: Run) ->
 
     def evaluate(step: int) -> None:
         if len(inputs.test):
-            budget = setup.micro_batch_tokens
-            log.evaluated(step, held_out_metrics(model, inputs.test, held_out, world, budget, preference_loss))
+            budget, last = setup.micro_batch_tokens, step == total_steps
+            log.evaluated(step, held_out_metrics(model, inputs.test, held_out, world, budget, preference_loss, last))
             began = time.monotonic()
             samples = sample_answers(model, inputs.base, inputs.test, setup.sample_prompts, world)
             log.sampled(step, samples, time.monotonic() - began)

@@ -20,7 +20,7 @@ def model_card(
     loss = loss_of(settings)
     is_adapter, rank = settings["lora.export"] == "adapter", settings["lora.rank"]
     base, output = (Path(settings[name]).resolve().name for name in ("model.path", "train.output_dir"))
-    names = [name for name in metrics if name.startswith("eval_") and name != "eval_runtime"]
+    names = [name for name in metrics if name.startswith("eval_") and name not in ("eval_runtime", "eval_slices")]
     values = {name: "not finite" if metrics[name] is None else f"{metrics[name]:.4f}" for name in names}
     results = "\n".join(f"| {name.removeprefix('eval_')} | {value} |" for name, value in values.items())
     evaluation = f"On the held-out pairs, after the last step:\n\n| metric | value |\n|---|---|\n{results}"

@@ -27,6 +27,7 @@ Models are read one after another: there is never more than one in memory.
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from notus import judge, outputs
+from notus import judge, outputs, slices
 from notus.answers import Checkpoint, Request, Source
 from notus.base import Base, Frame, load_model, read_base, read_frame
 from notus.distributed import World, reshard, sum_over_ranks
@@ -49,7 +50,7 @@ from notus.generate import choose_frame, generate, model_arguments, place
 from notus.losses import METRICS, PreferenceLoss
 from notus.metrics import one_line
 from notus.model import Mistral
-from notus.reference import score_pairs
+from notus.reference import rounding, score_pairs
 from notus.rows import check_file, check_text, read_records
 from notus.tokens import PairSet, describe_counts, load_pairs
 
@@ -57,29 +58,61 @@ from notus.tokens import PairSet, describe_counts, load_pairs
 
 
 def held_out_metrics(
-    model: Mistral, pairs: PairSet, reference: Tensor, world: World, budget: int, preference_loss: PreferenceLoss
-) -> dict[str, float]:
-    """Means of METRICS over P held-out pairs, with `eval_` before their names, and eval_runtime in seconds.
+    model: Mistral, pairs: PairSet, reference: Tensor, world: World, budget: int, preference_loss: PreferenceLoss,
+    last: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """`summarize` of P held-out pairs, with `eval_` before its names, and eval_runtime in seconds. With `last` also
+    eval_slices, the slices of slices.py as dicts, if there are pairs enough.
 
     reference: (P, 2) on the CPU. budget: tokens of a micro-batch. All ranks call, and each scores its share.
     """
     began = time.monotonic()
-    totals = torch.zeros(len(METRICS), dtype=torch.float64, device=world.device)
-
-    def add(rows: list[int], policy: Tensor) -> None:
-        old, tokens = (part[rows].to(world.device) for part in (reference, answer_tokens(pairs)))
-        totals.add_(pair_metrics(preference_loss, policy, old, tokens).double().sum(0))
-
-    score_pairs(model, pairs, world, budget, add)
-    means = (sum_over_ranks(totals) / len(pairs)).tolist()
-    line = {f"eval_{name}": mean for name, mean in zip(METRICS, means, strict=True)}
-    return line | {"eval_runtime": round(time.monotonic() - began, 3)}
+    policy, reference = score(model, pairs, budget, world), reference.double()
+    figures, found = summarize(preference_loss, policy, reference, pairs, read_sources(pairs) if last else None)
+    line: dict[str, Any] = {f"eval_{name}": value for name, value in figures.items()}
+    line["eval_runtime"] = round(time.monotonic() - began, 3)
+    return line | ({"eval_slices": [each._asdict() for each in found]} if last and found else {})
 
 
-def pair_metrics(preference_loss: PreferenceLoss, policy: Tensor, reference: Tensor, tokens: Tensor) -> Tensor:
-    """policy, reference, tokens (P, 2) -> METRICS of each pair (P, M)."""
-    losses = preference_loss(policy, reference, tokens)
-    return preference_loss.metrics(losses, policy, reference, tokens)
+def score(model: Mistral, pairs: PairSet, budget: int, world: World | None = None) -> Tensor:
+    """P pairs -> (P, 2) on the CPU: log-probabilities of the chosen and the rejected answers, in nats. `budget`: tokens
+    of a micro-batch. With a world all its ranks call, score a share each, and get all pairs."""
+    device = model.model.embed_tokens.weight.device
+    alone, world = world is None, world or World(rank=0, size=1, device=device, mesh=None)
+    logps = torch.zeros(len(pairs), 2, dtype=torch.float64, device=world.device)
+    with tqdm(total=len(pairs), leave=False, disable=None if alone else True) as progress:
+
+        def keep(rows: list[int], scored: Tensor) -> None:
+            logps[rows] = scored.double()
+            progress.update(len(rows))
+
+        score_pairs(model, pairs, world, budget, keep)
+    # Each row is the number of one rank plus zeros, so the sum is exact however the pairs were dealt.
+    return (sum_over_ranks(logps) if world.size > 1 else logps).cpu()
+
+
+def summarize(
+    preference_loss: PreferenceLoss, policy: Tensor, reference: Tensor, pairs: PairSet, sources: list[str] | None
+) -> tuple[dict[str, float], list[slices.Slice]]:
+    """policy, reference (P, 2) in float64 on the CPU -> the slices of slices.py, and means by METRICS' names, with
+
+    logratios/chosen, /rejected   log pi(y|x) - log pi_ref(y|x), if the loss has a reference. The policy did not write
+                                  these answers, so this estimates no KL divergence
+    rewards/length_correlation    Pearson's, of reward and tokens over all 2P answers. Left out where one is constant,
+                                  and where the policy is the reference but for float32's rounding
+    """
+    tokens = answer_tokens(pairs)
+    rewards = preference_loss.rewards(policy, reference, tokens)
+    metrics = preference_loss.metrics(preference_loss(policy, reference, tokens), policy, reference, tokens)
+    found = dict(zip(METRICS, metrics.mean(0).tolist(), strict=True))
+    correlation = torch.corrcoef(torch.stack([rewards.flatten(), tokens.double().flatten()]))[0, 1].item()
+    if preference_loss.member.reference:
+        ratios = policy - reference
+        found |= zip(("logratios/chosen", "logratios/rejected"), ratios.mean(0).tolist(), strict=True)
+        if (ratios.abs() <= rounding(tokens, reference, torch.float32)).all():
+            correlation = math.nan
+    found |= {"rewards/length_correlation": correlation} if math.isfinite(correlation) else {}
+    return found, slices.slices(rewards.numpy(), policy.numpy(), tokens.numpy(), sources)
 
 
 def answer_tokens(pairs: PairSet) -> Tensor:
@@ -103,6 +136,16 @@ def sample_answers(
     reshard(model)
     texts = [[base.tokenizer.decode(ids) for ids in both] for both in zip(prompts, answers, strict=True)]
     return [{"prompt": prompt, "answer": answer} for prompt, answer in texts]
+
+
+def read_sources(pairs: PairSet) -> list[str] | None:
+    """The `source` of each pair's row, if every row of its files has one."""
+    files = dict.fromkeys(Path(where.rpartition(":")[0]) for where in pairs.where.tolist())
+    try:
+        known = read_subsets(list(files), "source")
+        return [known[where] for where in pairs.where.tolist()]
+    except (ValueError, OSError, KeyError, TypeError):  # rows without it, rows from Python, or a file that changed
+        return None
 
 
 # --- exact-match ---------------------------------------------------------------------------------------------------
@@ -196,21 +239,6 @@ def exact_match(
 # --- preferences ---------------------------------------------------------------------------------------------------
 
 
-def score(model: Mistral, pairs: PairSet, budget: int) -> Tensor:
-    """P pairs -> (P, 2) on the CPU: log-probabilities of the chosen and the rejected answers, in nats. `budget`: tokens
-    of a micro-batch."""
-    alone = World(rank=0, size=1, device=model.model.embed_tokens.weight.device, mesh=None)
-    logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    with tqdm(total=len(pairs), leave=False, disable=None) as progress:
-
-        def keep(rows: list[int], scored: Tensor) -> None:
-            logps[rows] = scored.double().cpu()
-            progress.update(len(rows))
-
-        score_pairs(model, pairs, alone, budget, keep)
-    return logps
-
-
 def preferences(
     model: tuple[Base, Frame], reference: Base, data: Sequence[Path], device: torch.device, dtype: torch.dtype,
     micro_batch_tokens: int = 16384, test_size: float = 0.0, by: str | None = None,
@@ -238,8 +266,7 @@ def preferences(
         loaded = load_model(each, device, dtype)
         logps.append(score(loaded, pairs, micro_batch_tokens))
         del loaded  # before the next one is read
-    metrics = pair_metrics(preference_loss, logps[0], logps[-1], answer_tokens(pairs))  # (P, M)
-    mean = dict(zip(METRICS, metrics.mean(0).tolist(), strict=True))
+    mean, found = summarize(preference_loss, logps[0], logps[-1], pairs, None if by else read_sources(pairs))
 
     lines = [describe_counts(pairs.counts)]
     start = "" if preference_loss.start is None else f"; {preference_loss.start:.4f} where model = base"
@@ -248,12 +275,20 @@ def preferences(
         "rewards/margins": "nats: reward of the chosen - reward of the rejected answer",
         "rewards/chosen": f"nats: {preference_loss.reward('model', 'base')}",
         "rewards/rejected": "nats",
+        "rewards/length_correlation": "of reward and tokens of all answers",
+        "logratios/chosen": "nats: log(model / base)",
+        "logratios/rejected": "nats",
         "loss": f"{preference_loss}{start}",
     }
-    for name, meaning in explained.items():
-        lines.append(f"{name:18}  {mean[name]:{'9.1%' if name == 'rewards/accuracies' else '9.4f'}}  {meaning}")
-    accurate = metrics[:, METRICS.index("rewards/accuracies")].numpy()
-    return lines + (judge.by_subset([known[str(where)] for where in pairs.where], accurate, "accuracy") if by else [])
+    for name in (name for name in explained if name in mean):
+        number = f"{mean[name]:{'9.1%' if name == 'rewards/accuracies' else '9.4f'}}"
+        lines.append(f"{name:26}  {number}  {explained[name]}")
+    lines += ["", *slices.table(found)] if found else []
+    if not by:
+        return lines
+    rewards = preference_loss.rewards(logps[0], logps[-1], answer_tokens(pairs))
+    accurate = (rewards[:, 0] > rewards[:, 1]).double().numpy()
+    return lines + judge.by_subset([known[str(where)] for where in pairs.where], accurate, "accuracy")
 
 
 def read_subsets(data: Sequence[Path], by: str) -> dict[str, str]:

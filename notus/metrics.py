@@ -202,7 +202,7 @@ class Lines:
 
 def metrics_of(line: dict[str, Any]) -> list[dict[str, Any]]:
     """What of a line of the log is in metrics.jsonl."""
-    return [{name: value for name, value in line.items() if name != "samples"}]
+    return [{name: value for name, value in line.items() if name not in ("samples", "eval_slices")}]
 
 
 def samples_of(line: dict[str, Any]) -> list[dict[str, Any]]:

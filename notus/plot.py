@@ -1,25 +1,33 @@
-"""Curves of a run: `python -m notus.plot RUN_DIR` reads RUN_DIR/metrics.jsonl and draws RUN_DIR/curves.png.
+"""Curves of runs: `python -m notus.plot RUN_DIR [RUN_DIR ...]` draws the metrics.jsonl of each, over one another.
 
     loss          rewards chosen, rejected    accuracy
     margin        gradient norm               learning rate
 
-Training is a faint line with its running mean over it. Held-out pairs are ringed points, and dotted verticals mark the
-ends of epochs. It needs matplotlib.
+Training is a running mean, over a faint line if there is one run. Held-out pairs are ringed points, and dotted
+verticals mark the ends of epochs. The picture is RUN_DIR/curves.png, or curves.png in the current folder for several
+runs. Each panel is as wide as a column of a paper, and --panels picks some. It needs matplotlib.
 """
 
 import argparse
 import json
 import math
 import sys
+from collections.abc import Sequence
+from itertools import dropwhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from notus.losses import PreferenceLoss
 from notus.run import loss_of, read_quietly
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F6B76"  # Okabe & Ito's blue and vermilion, safe for the colour-blind
+# Okabe & Ito's, safe for the colour-blind. Their yellow is left out, because nobody can see it on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^DvPX"
+GREY = "#5F6B76"
 STYLE: Any = {  # matplotlib types its 300 names one by one
     "font.size": 9.5,
-    "axes.titlesize": 11,
+    "axes.titlesize": 10.5,
+    "axes.labelsize": 9,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.spines.top": False,
@@ -30,6 +38,22 @@ STYLE: Any = {  # matplotlib types its 300 names one by one
     "xtick.color": GREY,
     "ytick.color": GREY,
     "legend.frameon": False,
+}
+
+
+class Panel(NamedTuple):
+    title: str
+    ylabel: str
+    metrics: tuple[str, ...]
+
+
+PANELS = {
+    "loss": Panel("Loss", "nats per pair", ("loss",)),
+    "rewards": Panel("Implicit rewards", "{reward} (nats)", ("rewards/chosen", "rewards/rejected")),
+    "accuracy": Panel("Accuracy", "pairs ranked as labelled (%)", ("rewards/accuracies",)),
+    "margin": Panel("Margin", "reward of chosen - rejected (nats)", ("rewards/margins",)),
+    "norm": Panel("Gradient norm", "L2 of all weights, before clipping", ("grad_norm",)),
+    "rate": Panel("Learning rate", "", ("learning_rate",)),
 }
 
 
@@ -54,9 +78,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def series(records: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of `name` where it was logged. null becomes NaN, which is a gap in the line."""
-    points = [(r["step"], math.nan if r[name] is None else r[name]) for r in records if name in r]
-    return [step for step, _ in points], [value for _, value in points]
+    """Steps and values of `name` where it was logged. null becomes NaN, which is a gap in the line.
+
+    An accuracy begins where not all pairs tie. Before, the policy is the reference, and a tie counts as wrong: the
+    curve would begin at 0 %, which says nothing of the model."""
+    logged = [r for r in records if name in r]
+    if name.endswith("rewards/accuracies"):
+        margin = name.replace("accuracies", "margins")
+        logged = [*dropwhile(lambda r: r[name] == 0 and abs(r.get(margin) or 0) < 1e-6, logged)]
+    return [r["step"] for r in logged], [math.nan if r[name] is None else r[name] for r in logged]
 
 
 def smooth(values: list[float]) -> list[float]:
@@ -76,73 +106,138 @@ def epoch_ends(records: list[dict[str, Any]]) -> list[int]:
     return [next(step for step, epoch in zip(steps, epochs, strict=True) if epoch >= n) for n in whole]
 
 
-def plot(run_dir: str | Path, output: str | Path | None = None) -> Path:
-    """Draw the curves, and return the path of the picture. Its suffix picks the format (.png, .svg, .pdf)."""
-    records = read_metrics(Path(run_dir) / "metrics.jsonl")
-    preference_loss = loss_of(read_quietly(Path(run_dir) / "environment.json").get("settings", {}))
-    output = Path(output or Path(run_dir) / "curves.png")
-    try:
-        from matplotlib import rc_context
-        from matplotlib.axes import Axes
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-        from matplotlib.ticker import LogFormatter
-    except ImportError as error:
-        raise ImportError("curves need matplotlib: pip install -e '.[plots]'") from error
+def labels(run_dirs: Sequence[Path]) -> list[str]:
+    """What tells runs apart: the parts of their paths that differ, and the settings that differ, of those that decide a
+    run's numbers."""
+    paths = [list(path.resolve().parts) for path in run_dirs]
+    for end in (0, -1):
+        while len({path[end] for path in paths}) == 1 and min(map(len, paths)) > 1:
+            for path in paths:
+                path.pop(end)
+    facts = [read_quietly(path / "environment.json") for path in run_dirs]
+    settings = [{name: each["settings"][name] for name in each["identity"] if name in each["settings"]}
+                if "identity" in each else {} for each in facts]  # fmt: skip
+    names = [name for name in settings[0] if any(each.get(name) != settings[0][name] for each in settings)]
+    said = [", ".join(f"{n.partition('.')[2]} {each[n]}" for n in names if n in each) for each in settings]
+    return [": ".join(filter(None, ["/".join(path), text])) for path, text in zip(paths, said, strict=True)]
 
-    def curve(axes: Axes, name: str, color: str = BLUE) -> Line2D:
-        axes.plot(*series(records, name), color=color, alpha=0.22, linewidth=0.7)
-        steps, values = series(records, name)
-        (mean,) = axes.plot(steps, smooth(values), color=color, linewidth=1.8, label="train, running mean")
-        if (held_out := series(records, f"eval_{name}"))[0]:
-            axes.plot(*held_out, "-o", color=color, linewidth=0.8, ms=4.5, markerfacecolor="white", label="held out")
-        return mean
 
-    def level(axes: Axes, value: float, text: str) -> None:
+def levels(name: str, losses: Sequence[PreferenceLoss]) -> dict[float, str]:
+    """Values with a meaning, of a panel, and what they mean."""
+    referenced = all(loss.member.reference for loss in losses)
+    known: dict[str, dict[float, str]] = {
+        "loss": {loss.start: f"{loss.start:.4g}: policy = reference" for loss in losses if loss.start is not None},
+        "rewards": {0: "policy = reference"} if referenced else {},
+        "accuracy": {0.5: "chance"},
+        "margin": {0: "policy = reference" if referenced else "chance"},
+    }
+    return known.get(name, {})
+
+
+class Run(NamedTuple):
+    """What is drawn of a run, and how."""
+
+    records: list[dict[str, Any]]
+    loss: PreferenceLoss
+    color: str
+    marker: str
+
+
+def curve(axes: Any, run: Run, metric: str, color: str, line: str, alone: bool) -> Any:
+    """Training, whose mean is returned, and held-out pairs. alone: there is no other run in the picture."""
+    steps, values = series(run.records, metric)
+    if alone:
+        axes.plot(steps, values, color=color, alpha=0.22, linewidth=0.7)
+    values = values if metric == "learning_rate" else smooth(values)
+    (mean,) = axes.plot(steps, values, line, color=color, linewidth=1.6)
+    if (held_out := series(run.records, f"eval_{metric}"))[0]:
+        axes.plot(*held_out, line, marker=run.marker, color=color, linewidth=0.8, ms=4.5, markerfacecolor="white")
+    return mean
+
+
+def draw(axes: Any, name: str, runs: Sequence[Run]) -> None:
+    """A panel."""
+    panel, alone = PANELS[name], len(runs) == 1
+    reward = {run.loss.reward("policy", "reference") for run in runs}
+    axes.set_title(panel.title)
+    axes.set_ylabel(panel.ylabel.format(reward=reward.pop() if len(reward) == 1 else "reward"))
+    means = []
+    for run in runs:
+        for place, metric in enumerate(panel.metrics):
+            color, line = (COLORS[place], "-") if alone else (run.color, ("-", "--")[place])
+            means.append(curve(axes, run, metric, color, line, alone))
+    for value, text in levels(name, [run.loss for run in runs]).items():
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
         axes.annotate(
             text, (1, value), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
             color=GREY, fontsize="small",
         )  # fmt: skip
+    if name == "rewards":
+        axes.legend(means[:2], ("chosen", "rejected"), loc="lower left")
+    elif name == "accuracy":
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}")
+    elif name == "rate":
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    elif name == "norm":
+        readable_decades(axes)
+    if len(ends := {tuple(epoch_ends(run.records)) for run in runs}) == 1:
+        for step in ends.pop():
+            axes.axvline(step, color=GREY, linestyle=":", linewidth=0.9, zorder=0)
 
+
+def readable_decades(axes: Any) -> None:
+    """A logarithmic axis, with labels at round numbers within a decade, at 1, 2, 5, 10 over two, else at 1, 10, 100."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    decades = math.log10(high / low)
+    locator = MaxNLocator(5) if decades < 1 else LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,))
+    axes.yaxis.set_major_locator(locator)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def plot(
+    run_dirs: str | Path | Sequence[str | Path], output: str | Path | None = None, panels: Sequence[str] = tuple(PANELS)
+) -> Path:
+    """Draw the curves of one run or several, and return the path of the picture. Its suffix picks the format (.png,
+    .svg, .pdf). panels: names of PANELS. ValueError for more than 7 runs, or a run without a log."""
+    paths = [Path(run_dirs)] if isinstance(run_dirs, str | Path) else [Path(each) for each in run_dirs]
+    if len(paths) > len(COLORS):
+        raise ValueError(f"{len(paths)} runs: a picture has colours for {len(COLORS)} at most")
+    logs = [read_metrics(path / "metrics.jsonl") for path in paths]
+    losses = [loss_of(read_quietly(path / "environment.json").get("settings", {})) for path in paths]
+    runs = [Run(*each) for each in zip(logs, losses, COLORS, MARKERS, strict=False)]
+    output = Path(output or (paths[0] / "curves.png" if len(paths) == 1 else "curves.png"))
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+    except ImportError as error:
+        raise ImportError("curves need matplotlib: pip install -e '.[plots]'") from error
+
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=(13, 7.4), layout="constrained")
-        (loss, rewards, accuracy), (margin, norm, rate) = panels = figure.subplots(2, 3, sharex=True)
-
-        loss.set(title="Loss", ylabel="nats per pair")
-        curve(loss, "loss")
-        if preference_loss.start is not None:
-            level(loss, preference_loss.start, f"{preference_loss.start:.4g}: policy = reference")
-
-        rewards.set(title="Implicit rewards", ylabel=f"{preference_loss.reward('policy', 'reference')} (nats)")
-        lines = curve(rewards, "rewards/chosen", BLUE), curve(rewards, "rewards/rejected", ORANGE)
-        rewards.legend(lines, ("chosen", "rejected"), loc="lower left")
-        if preference_loss.member.reference:
-            level(rewards, 0, "policy = reference")
-
-        accuracy.set(title="Accuracy", ylabel="pairs ranked as labelled (%)")
-        curve(accuracy, "rewards/accuracies")
-        level(accuracy, 0.5, "chance")
-        accuracy.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}")
-
-        margin.set(title="Margin", ylabel="reward of chosen - rejected (nats)", xlabel="step")
-        curve(margin, "rewards/margins")
-        level(margin, 0, "policy = reference" if preference_loss.member.reference else "chance")
-
-        norm.set(title="Gradient norm", ylabel="L2 over all weights, before clipping", xlabel="step", yscale="log")
-        curve(norm, "grad_norm")
-        norm.yaxis.set_major_formatter(LogFormatter())
-        norm.yaxis.set_minor_formatter(LogFormatter())
-
-        rate.set(title="Learning rate", xlabel="step")
-        rate.plot(*series(records, "learning_rate"), color=BLUE, linewidth=1.8)
-        rate.yaxis.set_major_formatter(lambda value, _: f"{value:.1e}" if value else "0")
-
-        for axes in panels.flat:
-            for step in epoch_ends(records):
-                axes.axvline(step, color=GREY, linestyle=":", linewidth=0.9, zorder=0)
-        figure.suptitle(title(Path(run_dir), records), x=0.008, ha="left", fontsize=12.5)
-        figure.legend(*loss.get_legend_handles_labels(), loc="upper right", ncols=2)
+        figure = Figure(figsize=(3.35 * columns, 2.75 * rows + 0.3), layout="constrained")
+        grid = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+        for number, (axes, name) in enumerate(zip(grid, panels, strict=False)):
+            draw(axes, name, runs)
+            if number + columns >= len(panels):
+                axes.set(xlabel="step")
+                axes.tick_params(labelbottom=True)
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        handles = [Line2D([], [], color=run.color, marker=run.marker, mfc="white") for run in runs]
+        if len(runs) > 1:
+            figure.legend(handles, labels(paths), loc="outside upper left", ncols=min(2, columns))
+        else:
+            said = {"train, running mean": Line2D([], [], color=COLORS[0], linewidth=1.6)}
+            said |= {"held out": handles[0]} if any("eval_loss" in record for record in logs[0]) else {}
+            figure.legend(said.values(), said.keys(), loc="outside upper right", ncols=2)
+            if columns == 3:
+                figure.suptitle(title(paths[0], logs[0]), x=0.008, ha="left", fontsize=11)
         figure.savefig(output, dpi=150)
     return output
 
@@ -150,7 +245,7 @@ def plot(run_dir: str | Path, output: str | Path | None = None) -> Path:
 def title(run_dir: Path, records: list[dict[str, Any]]) -> str:
     facts = [f"{run_dir.resolve().name}:  {records[-1]['step']:,} steps"]
     if epochs := series(records, "epoch")[1]:
-        facts.append(f"{epochs[-1]:.3g} epoch{'s' * (epochs[-1] != 1)}")
+        facts.append(f"{epochs[-1]:.3g} epochs" if f"{epochs[-1]:.3g}" != "1" else "1 epoch")
     last = {name: series(records, f"eval_{name}")[1][-1:] for name in ("loss", "rewards/accuracies", "rewards/margins")}
     if all(last.values()):
         loss, accuracy, margin = (values[0] for values in last.values())
@@ -159,12 +254,15 @@ def title(run_dir: Path, records: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m notus.plot", description="Draw the curves of a run.")
-    parser.add_argument("run_dir", type=Path, help="output_dir of the run; metrics.jsonl is read from it")
-    parser.add_argument("--output", type=Path, help="the picture (default: RUN_DIR/curves.png)")
+    parser = argparse.ArgumentParser(
+        prog="python -m notus.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="output_dir of a run")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="the picture; .png, .svg or .pdf")
+    parser.add_argument("--panels", nargs="+", choices=PANELS, default=[*PANELS], metavar="P", help=", ".join(PANELS))
     arguments = parser.parse_args(argv)
     try:
-        print(plot(arguments.run_dir, arguments.output))
+        print(plot(arguments.run_dirs, arguments.output, arguments.panels))
     except (ValueError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2

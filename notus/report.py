@@ -24,6 +24,7 @@ from notus.model import Mistral
 from notus.plan import describe_cost
 from notus.plot import plot
 from notus.run import Inputs, lora_of
+from notus.slices import Slice, table
 from notus.tokens import describe_counts, describe_pair
 from notus.weights import export
 
@@ -92,9 +93,7 @@ def export_model(
     return curves
 
 
-def finish(
-    facts: dict[str, Any], first: dict[str, float | None], last: dict[str, float | None], seconds: float, curves: str
-) -> str:
+def finish(facts: dict[str, Any], first: dict[str, Any], last: dict[str, Any], seconds: float, curves: str) -> str:
     """Write summary.json, and say where everything is. first, last: evaluations, by metric name, None where a value is
     not finite; {} without held-out pairs."""
 
@@ -110,6 +109,7 @@ def finish(
         names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
         changes = (f"{name} {shown(first[key])} -> {shown(last[key])}" for name, key in names.items())
         lines.append(f"  held out  {'  '.join(changes)}")
+        lines += [f"  {line}" for line in table([Slice(**each) for each in last.get("eval_slices", [])])]
     is_adapter = settings["lora.export"] == "adapter"
     layout = "PEFT's adapter, float32" if is_adapter else f"Hugging Face layout, {settings['train.export_dtype']}"
     lines += [

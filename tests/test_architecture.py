@@ -17,13 +17,14 @@ ORDER = [  # a file imports only from files above it
     *("run", "reference"),
 ]
 LEAVES = [  # only train.py imports them
-    *("report", "card", "plan", "generate", "answers", "endpoint", "outputs", "judge", "evaluate", "plot", "demo"),
+    *("report", "card", "plan", "generate", "answers", "endpoint", "outputs", "judge", "slices"),
+    *("evaluate", "plot", "demo"),
     "explain",
 ]
 EXCEPT = {  # of the leaves
-    "report": {"card", "plan", "plot"}, "explain": {"demo"},
+    "report": {"card", "plan", "slices", "plot"}, "explain": {"demo"},
     "answers": {"generate"}, "endpoint": {"answers"}, "outputs": {"answers"}, "judge": {"answers"},
-    "evaluate": {"generate", "answers", "endpoint", "outputs", "judge"},
+    "evaluate": {"generate", "answers", "endpoint", "outputs", "judge", "slices"},
 }  # fmt: skip
 
 SOURCES = {path.stem: path for path in sorted((ROOT / "notus").glob("*.py")) if not path.stem.startswith("__")}

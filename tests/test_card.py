@@ -26,7 +26,8 @@ def facts_of(*overrides: str, files: tuple[str | Path, ...] = (), **changes: Any
     return environment(files) | {"settings": settings} | more | changes
 
 
-METRICS = {"eval_loss": 0.49876, "eval_rewards/accuracies": 0.7812, "eval_rewards/margins": 1.5, "eval_runtime": 3.25}
+METRICS = {"eval_loss": 0.49876, "eval_rewards/accuracies": 0.7812, "eval_rewards/margins": 1.5, "eval_runtime": 3.25,
+           "eval_slices": [{"by": "all", "name": "all"}]}  # fmt: skip
 
 
 def parse(card: str) -> tuple[dict, str]:

@@ -121,7 +121,7 @@ MOMENTS = [  # in the order of a run; which call it is, is drawn
     ("reference, after an append", "notus.reference:ReferenceCache.append", do_and_die, 4, ""),
     ("log rewritten", REPLACE, die, 1, r"metrics\.jsonl\.tmp$"),
     ("evaluation", "notus.evaluate:score_pairs", die, 2, ""),
-    ("amid evaluation", "notus.evaluate:pair_metrics", die, 7, ""),
+    ("amid evaluation", "notus.evaluate:summarize", die, 3, ""),
     ("evaluation not yet logged", "notus.evaluate:score_pairs", do_and_die, 2, ""),
     ("amid a line of the log", "notus.metrics:Lines.add", write_half_a_line, 7, ""),
     ("line written", "notus.metrics:Lines.add", do_and_die, 7, ""),

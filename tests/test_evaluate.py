@@ -8,15 +8,20 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from chat_server import completion, reply
 from conftest import write_mistral_tokenizer
-from tiny import save_checkpoint, tiny_config, tiny_model
+from scipy import stats
+from tiny import pair_set, random_pairs, run_ranks, save_checkpoint, tiny_config, tiny_model
 
+from notus import distributed
 from notus.base import Frame, read_base, write_frame
-from notus.evaluate import main, read_questions
-from notus.model import Mistral
+from notus.evaluate import held_out_metrics, main, read_questions
+from notus.losses import LOSSES, PreferenceLoss
+from notus.model import Mistral, pair_logps
+from notus.packing import pack_pairs
 from notus.tokenizer import load_tokenizer
 from notus.tokens import load_pairs
 
@@ -60,6 +65,55 @@ def write_rows(path: Path, *rows) -> Path:
 
 def run(*arguments) -> int:
     return main([str(argument) for argument in (*arguments, "--device", "cpu")])
+
+
+# --- while training --------------------------------------------------------------------------------------------------
+
+
+def check_held_out_metrics(path: Path, names: list[str]) -> None:
+    """Of 23 pairs, and of one, which leaves a rank without: plain means over pairs that are scored one by one, and
+    scipy's correlation. path: a file of their rows. names: the sources that are found there."""
+    world = distributed.start("cpu")
+    model, pairs = tiny_model(tiny_config()), random_pairs(np.random.default_rng(1), 23, vocab=97)
+    pairs = [pair._replace(where=f"{path}:{k}") for k, pair in enumerate(pairs, 1)]
+    with torch.no_grad():
+        policy = torch.cat([pair_logps(model, pack_pairs([pair])) for pair in pairs]).numpy()
+    reference = policy + np.random.default_rng(2).normal(size=policy.shape)
+    tokens = np.array([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    for count, name in ((23, "dpo"), (1, "dpo"), (23, "simpo")):
+        old, loss = torch.from_numpy(reference[:count]), PreferenceLoss(name, 0.5)
+        found = held_out_metrics(model, pair_set(pairs[:count]), old, world, 60, loss, last=True)
+        ratios = (policy - reference)[:count]
+        rewards = 0.5 * (policy / tokens)[:count] if name == "simpo" else 0.5 * ratios
+        accurate = rewards[:, 0] > rewards[:, 1]
+        expected = dict(zip(("rewards/chosen", "rewards/rejected"), rewards.mean(0), strict=True))
+        expected |= {"rewards/accuracies": accurate.mean(), "rewards/margins": np.mean(rewards[:, 0] - rewards[:, 1])}
+        expected["rewards/length_correlation"] = stats.pearsonr(rewards.ravel(), tokens[:count].ravel()).statistic
+        if LOSSES[name].reference:
+            expected |= {"logratios/chosen": ratios[:, 0].mean(), "logratios/rejected": ratios[:, 1].mean()}
+        assert {key: found[f"eval_{key}"] for key in expected} == pytest.approx(expected, rel=1e-9)
+        assert ("eval_logratios/chosen" in found) == (name == "dpo")
+        assert ("eval_slices" in found) == (count == 23)
+        for each in found.get("eval_slices", []):
+            if each["by"] == "source":  # every third row is of wiki
+                right = accurate[2::3] if each["name"] == "wiki" else np.delete(accurate, np.s_[2::3])
+                assert each["accuracy"] == pytest.approx(right.mean()) and each["pairs"] == len(right)
+        sources = [each["name"] for each in found.get("eval_slices", []) if each["by"] == "source"]
+        assert sources == (names if count == 23 else [])
+    near = torch.from_numpy(policy * (1 + 1e-8))  # as another order of the same sums would give
+    assert "eval_rewards/length_correlation" not in held_out_metrics(
+        model, pair_set(pairs), near, world, 60, PreferenceLoss("dpo", 0.5)
+    )
+    distributed.stop()
+
+
+def test_held_out_metrics_are_plain_means_on_any_number_of_ranks(tmp_path: Path):
+    rows = [{"source": "wiki" if k % 3 == 0 else "code"} for k in range(1, 31)]
+    path = write_rows(tmp_path / "a: b.jsonl", *rows)
+    check_held_out_metrics(path, ["code", "wiki"])
+    run_ranks(2, check_held_out_metrics, path, ["code", "wiki"])
+    path.write_text(path.read_text() + "{}\n")  # a row without its source
+    check_held_out_metrics(path, [])
 
 
 # --- exact-match ---------------------------------------------------------------------------------------------------
@@ -211,6 +265,9 @@ def test_preferences_of_a_model_known_in_closed_form(models, tmp_path, capsys):
         "rewards/chosen": (2 * says42 + says7) / 3,
         "rewards/rejected": (2 * says7 + says42) / 3,
         "loss": sum(math.log1p(math.exp(-margin)) for margin in margins) / 3,
+        "rewards/length_correlation": 1.0,  # 42 has a token more than 7 and 9, and more reward
+        "logratios/chosen": (2 * says42 + says7) / 0.75,
+        "logratios/rejected": (2 * says7 + says42) / 0.75,
     }
     assert printed(report) == pytest.approx(expected, abs=6e-4)
     assert report.splitlines()[0] == "3 pairs of 3 rows: 3 chosen/rejected messages"
@@ -221,7 +278,8 @@ def test_a_model_equal_to_its_base_has_loss_log_2_and_no_accuracy(models, tmp_pa
     data = write_rows(tmp_path / "pairs.jsonl", *rows)
     command = ("preferences", "--model", models["random"], "--base", models["random"], "--data", data)
     assert run(*command, "--micro-batch-tokens", 1) == 0
-    expected = dict.fromkeys(("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"), 0)
+    names = ("accuracies", "margins", "chosen", "rejected")  # without a correlation, which equal rewards do not have
+    expected = dict.fromkeys([*(f"rewards/{name}" for name in names), "logratios/chosen", "logratios/rejected"], 0)
     assert printed(capsys.readouterr().out) == expected | {"loss": 0.6931}
 
 

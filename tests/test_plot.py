@@ -3,11 +3,25 @@
 import json
 import math
 import sys
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from notus import plot as plot_module
-from notus.plot import epoch_ends, main, plot, read_metrics, series, smooth
+from notus.plot import (
+    COLORS,
+    MARKERS,
+    draw,
+    epoch_ends,
+    labels,
+    main,
+    plot,
+    read_metrics,
+    readable_decades,
+    series,
+    smooth,
+)
 
 
 def write(run_dir, *records, tail=""):
@@ -90,6 +104,77 @@ def test_title_reports_the_last_evaluation(tmp_path):
     write(run, record(20, epoch=2.0), held_out(10), held_out(20) | {"eval_loss": 0.45})
     expected = "demo:  20 steps  ·  2 epochs  ·  held out: loss 0.4500, accuracy 5.0%, margin 0.05"
     assert plot_module.title(run, read_metrics(run / "metrics.jsonl")) == expected
+    write(run, record(20, epoch=0.9999))
+    assert plot_module.title(run, read_metrics(run / "metrics.jsonl")) == "demo:  20 steps  ·  1 epoch"
+
+
+def test_the_accuracy_begins_where_not_all_pairs_tie():
+    """Not before it, and not later either: a step whose pairs are all wrong has a margin."""
+    tie, wrong = ({"rewards/accuracies": 0.0, "rewards/margins": margin} for margin in (0.0, -0.3))
+    found = series([{"step": k} | each for k, each in enumerate((tie, tie, wrong, tie, wrong))], "rewards/accuracies")
+    assert found == ([2, 3, 4], [0, 0, 0])
+    held_out = [{"step": 0, "eval_rewards/accuracies": 0.0, "eval_rewards/margins": None}]
+    assert series(held_out, "eval_rewards/accuracies") == ([], [])
+    assert series([{"step": 0} | tie], "rewards/margins") == ([0], [0])
+
+
+@pytest.mark.parametrize("top", [1.05, 1.6, 3.3, 12, 200, 5000, 1e9])
+def test_ticks_of_the_gradient_norm_are_few_and_round(top: float):
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(3.35, 2.75))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0.7, 0.7 * top])
+    readable_decades(axes)
+    figure.canvas.draw()
+    low, high = axes.get_ylim()
+    shown = [tick for tick in axes.get_yticklabels() if low <= tick.get_position()[1] <= high]
+    assert 2 <= len(shown) <= 8 and not axes.get_yticklabels(minor=True)
+    for tick in shown:
+        assert float(tick.get_text()) == pytest.approx(tick.get_position()[1], rel=1e-5) and len(tick.get_text()) <= 6
+    places = [tick.get_window_extent() for tick in shown]
+    assert all(below.y1 <= above.y0 for below, above in pairwise(places))
+
+
+# --- several runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path) -> list[Path]:
+    """Runs whose environment.json says what differs, and what of it decides their numbers."""
+    runs = []
+    for name, beta, device in (("x/a/dpo", 0.1, "cpu"), ("x/b/dpo", 0.5, "cpu"), ("x/c/dpo", 0.1, "cuda")):
+        (run := tmp_path / name).mkdir(parents=True)
+        write(run, record(1), record(20), held_out(20), tail='{"step": 21, "lo')
+        settings = {"dpo.beta": beta, "train.seed": 1, "train.output_dir": name, "train.device": device}
+        identity = {"dpo.beta": beta, "train.seed": 1, "sha256 of the weights": name}
+        (run / "environment.json").write_text(json.dumps({"settings": settings, "identity": identity}))
+        runs.append(run)
+    return runs
+
+
+def test_runs_are_told_apart_by_path_and_settings(three):
+    assert labels(three) == ["a: beta 0.1", "b: beta 0.5", "c: beta 0.1"]
+    assert labels(three[::2]) == ["a", "c"]
+    (three[0] / "environment.json").unlink()  # a run of an early version
+    assert labels(three[::2]) == ["a", "c"]
+    assert labels([three[0], three[0].parent]) == ["a/dpo", "a"]
+
+
+def test_runs_over_one_another_have_a_colour_and_a_marker_each(three, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr(plot_module, "draw", lambda axes, *what: drawn.append(axes) or draw(axes, *what))
+    assert main([*map(str, three), "--panels", "loss", "rewards"]) == 0
+    assert capsys.readouterr().out == "curves.png\n" and (tmp_path / "curves.png").stat().st_size > 10_000
+    loss, rewards = drawn
+    lines = [line for line in loss.get_lines() if len(line.get_xdata()) == 2 and line.get_marker() == "None"][:3]
+    points = [line for line in loss.get_lines() if line.get_marker() != "None"]
+    assert [line.get_color() for line in lines] == [line.get_color() for line in points] == [*COLORS[:3]]
+    assert [line.get_marker() for line in points] == [*MARKERS[:3]]
+    assert {line.get_linestyle() for line in rewards.get_lines() if line.get_color() == COLORS[2]} == {"-", "--"}
+    assert main([str(three[0])] * 8) == 2 and "8 runs: a picture has colours for 7" in capsys.readouterr().err
+    (three[1] / "metrics.jsonl").unlink()
+    assert main([*map(str, three)]) == 2 and f"{three[1] / 'metrics.jsonl'}: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["[1]\n", "{\n", '{"loss": 1}\n', '"step"\n'])

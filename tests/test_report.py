@@ -22,6 +22,7 @@ from notus.distributed import World
 from notus.model import Mistral
 from notus.report import banner, dry_run, finish
 from notus.run import job_of, read_inputs
+from notus.slices import Slice
 
 FOLDER = "it's a $HOME; run & more"  # what a shell would take apart
 SHAPE = "instruction/chosen_response/rejected_response strings"
@@ -152,6 +153,13 @@ def test_the_end_sums_up_and_says_where_everything_is(finished: Path, settings: 
     assert "  held out  loss 0.693 -> 0.250  accuracy 0.000 -> 0.875  margin 0.000 -> 2.000\n" in said
     assert f"  model     {finished / 'final'}  (Hugging Face layout, float32)\n" in said
     assert f"  metrics   {finished / 'metrics.jsonl'}\n" in said and "  curves    runs/curves.png\n" in said
+
+
+def test_the_slices_of_the_last_evaluation_are_a_table_and_kept(finished: Path, settings: Config):
+    part = Slice("source", "wiki", 42, 0.875, 0.75, 0.95, 101.6, 98.0)._asdict()
+    said = finish(facts_of(settings), FIRST, LAST | {"eval_slices": [part]}, seconds=1.0, curves="")
+    assert "  source: wiki                          42    87.5 %    75.0 to 95.0     102, 98\n" in said
+    assert json.loads((finished / "summary.json").read_text())["last"]["eval_slices"] == [part]
 
 
 def test_an_evaluation_that_is_not_finite_is_said_and_null(finished: Path, settings: Config):

@@ -675,7 +675,10 @@ def test_metrics_have_every_step_by_trls_names(finished: Path):
             margin = pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-6)
             assert line["rewards/margins"] == margin
         if step in EVALUATIONS:
-            names |= {"eval_runtime", *(f"eval_{name}" for name in METRICS)}
+            names |= {f"eval_{name}" for name in (*METRICS, "runtime", "logratios/chosen", "logratios/rejected")}
+            assert line["eval_logratios/chosen"] == pytest.approx(10 * line["eval_rewards/chosen"], rel=1e-9)
+        if step and step in EVALUATIONS:  # at first all rewards are 0, which correlates with nothing
+            names |= {"eval_rewards/length_correlation"}
         assert line.keys() == names | ({"checkpoint_stall_seconds"} if step == STEPS else set())
     assert [line["epoch"] for line in training(finished)] == [k / 4 for k in range(1, STEPS + 1)]
     rates = [1e-3 * factor for factor in (0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)]
