@@ -14,6 +14,7 @@ is what DPO does to a 7B, in miniature. The records carry UltraFeedback's bug as
 
 import argparse
 import hashlib
+import io
 import json
 import shlex
 import shutil
@@ -25,7 +26,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-import tokenizers
+import sentencepiece
 import torch
 from tqdm import tqdm
 
@@ -220,39 +221,86 @@ def record(
 # --- the base ------------------------------------------------------------------------------------------------------
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as in Mistral's vocabulary
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
 
 
-def train_tokenizer() -> tokenizers.Tokenizer:
-    """Byte-level BPE over the frame and the wordings. A subject's capitals and digits are cut apart, so that each
-    letter is a token. A line break ends a token, so that no token reaches from a prompt into its answer."""
-    pre = tokenizers.pre_tokenizers
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-    cuts = [
-        pre.Split("\n", "merged_with_previous"),
-        pre.Split(" ", "merged_with_next"),
-        pre.Split(tokenizers.Regex("[A-Z](?![a-z])|[0-9]"), "isolated"),
-    ]
-    tokenizer.pre_tokenizer = pre.Sequence([*cuts, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=512,  # more than the corpus fills
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=pre.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    corpus = [f"<|{role}|>\n" for role in ("system", "user", "assistant")] + ["Sure! "]
+def train_tokenizer() -> sentencepiece.SentencePieceProcessor:
+    """Llama's kind of vocabulary, BPE that falls back to bytes, over the frame and the wordings. Subjects are not in
+    there, so each of their letters and digits is a token, and so is a space before them. A line break is a byte, so no
+    token reaches from a prompt into its answer."""
+    corpus = [f"<|{role}|>" for role in ("system", "user", "assistant")] + ["Sure! "]
     corpus += [task.wording.format("") for task in TASKS.values()]
-    tokenizer.train_from_iterator(2 * corpus, trainer)  # a pair of symbols seen once is not merged
-    return tokenizer
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_writer=model, model_type="bpe", vocab_size=512, hard_vocab_limit=False,
+        byte_fallback=True, required_chars="".join(map(chr, range(33, 127))), normalization_rule_name="identity",
+        add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False, unk_id=0, bos_id=1,
+        eos_id=2, minloglevel=2,
+    )  # fmt: skip
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def tokenizer_json(model: sentencepiece.SentencePieceProcessor, dummy_prefix: bool) -> str:
+    """The same BPE as a tokenizer.json, in the form in which the Llama family has both. A piece is made of any two
+    pieces that it divides into, the best-scored one first. dummy_prefix: whether every text begins with a space."""
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    merges = []
+    for piece, i in vocab.items():
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        halves = [(left, right) for left, right in halves if left in vocab and right in vocab]
+        halves.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
+        merges += [(model.get_score(i), left, right) for left, right in halves]
+    merges.sort(key=lambda merge: (-merge[0], -len(merge[1]), -len(merge[2])))
+    space = {"String": " "}
+    normalizers = [{"type": "Prepend", "prepend": SPACE}] * dummy_prefix
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * dummy_prefix
+    return json.dumps(
+        {
+            "version": "1.0", "truncation": None, "padding": None,
+            "added_tokens": [{"id": i} | added_token(token) for i, token in enumerate(SPECIAL_TOKENS)],
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [*normalizers, {"type": "Replace", "pattern": space, "content": SPACE}],
+            },
+            "pre_tokenizer": None,
+            "post_processor": {
+                "type": "TemplateProcessing", "single": [bos, first],
+                "pair": [bos, first, {"SpecialToken": {"id": "<s>", "type_id": 1}}, second],
+                "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+            },
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                    {"type": "ByteFallback"}, {"type": "Fuse"}, *strip,
+                ],
+            },
+            "model": {
+                "type": "BPE", "dropout": None, "unk_token": "<unk>", "continuing_subword_prefix": None,
+                "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "vocab": vocab,
+                "merges": [f"{left} {right}" for _, left, right in merges],
+            },
+        },
+        ensure_ascii=False,
+    )  # fmt: skip
+
+
+def added_token(content: str) -> dict[str, Any]:
+    """A special token, as tokenizer.json and tokenizer_config.json spell it."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"content": content} | flags | {"special": True}
 
 
 def write_shell(directory: Path, settings: Settings) -> None:
-    """Write a checkpoint without its weights: config and tokenizer, as transformers 4 spells them."""
+    """Write a checkpoint without its weights: config and tokenizer, as transformers 4 spells them. llama.cpp's
+    converter reads the tokenizer.model, others the tokenizer.json."""
     tokenizer = train_tokenizer()
-    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer.model").write_bytes(tokenizer.serialized_model_proto())
+    (directory / "tokenizer.json").write_text(tokenizer_json(tokenizer, dummy_prefix=False), encoding="utf-8")
     names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
     ids = {"bos_token_id": 1, "eos_token_id": 2}
-    added = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False) | {"special": True}
     size = settings.hidden_size
     files = {
         "config.json": {
@@ -262,14 +310,15 @@ def write_shell(directory: Path, settings: Settings) -> None:
             "initializer_range": 0.06, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
             "rope_theta": 100.0,  # texts are short: at Mistral's 10000 half of a head would hardly turn
             "sliding_window": 2048, "tie_word_embeddings": False, "torch_dtype": "float32",
-            "transformers_version": "4.36.2", "use_cache": True, "vocab_size": tokenizer.get_vocab_size(),
+            "transformers_version": "4.36.2", "use_cache": True, "vocab_size": tokenizer.vocab_size(),
         },
         "generation_config.json": {"_from_model_config": True, **ids},
         "special_tokens_map.json": names,
         "tokenizer_config.json": {
-            **names, "add_bos_token": True, "chat_template": ZEPHYR_TEMPLATE, "clean_up_tokenization_spaces": False,
-            "added_tokens_decoder": {str(i): {"content": token} | added for i, token in enumerate(SPECIAL_TOKENS)},
-            "model_max_length": 2048, "pad_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast",
+            **names, "add_bos_token": True, "add_prefix_space": False, "chat_template": ZEPHYR_TEMPLATE,
+            "clean_up_tokenization_spaces": False, "model_max_length": 2048, "pad_token": "</s>",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "added_tokens_decoder": {str(i): added_token(token) for i, token in enumerate(SPECIAL_TOKENS)},
         },
     }  # fmt: skip
     for name, content in files.items():

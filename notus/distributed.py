@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -36,10 +35,12 @@ class World:
     def say(self, text: str) -> None:
         """Print on one rank. On a terminal long lines that begin with a name are folded behind it; commands are not."""
         if self.rank == 0:
-            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-            fold = partial(textwrap.fill, width=width, subsequent_indent=" " * 12, break_on_hyphens=False)
-            for line in text.split("\n"):
-                print(line if line[:1] in ("", " ") else fold(line, break_long_words=False), flush=True)
+            width = shutil.get_terminal_size().columns
+            if sys.stdout.isatty():
+                fold = textwrap.TextWrapper(width, subsequent_indent=" " * 12, break_long_words=False)
+                lines = text.split("\n")
+                text = "\n".join(line if line[:1] in ("", " ") else fold.fill(line) for line in lines)
+            print(text, flush=True)
 
 
 def rank() -> int:

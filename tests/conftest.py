@@ -22,9 +22,9 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 from notus.chat import ZEPHYR_TEMPLATE  # noqa: E402
+from notus.demo import SPECIAL_TOKENS, added_token, tokenizer_json  # noqa: E402
 
 SENTENCEPIECE = files("mistral_common") / "data" / "tokenizer.model.v1"
-SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,64 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def mistral_tokenizer_json() -> str:
     """Mistral-7B-v0.1's tokenizer.json, in the form in which the Zephyr family ships it, derived from the pieces."""
     model = sentencepiece.SentencePieceProcessor(model_proto=SENTENCEPIECE.read_bytes())
-    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
-    merges = []  # a piece is made of any two pieces it divides into; the best-scored piece is made first
-    for piece, i in vocab.items():
-        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        halves = [(left, right) for left, right in halves if left in vocab and right in vocab]
-        halves.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        merges += [(model.get_score(i), left, right) for left, right in halves]
-    merges.sort(key=lambda merge: (-merge[0], -len(merge[1]), -len(merge[2])))
-    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
-    return json.dumps(
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": i} | _added_token(token) for i, token in enumerate(SPECIAL_TOKENS)],
-            "normalizer": {
-                "type": "Sequence",
-                "normalizers": [
-                    {"type": "Prepend", "prepend": "▁"},
-                    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
-                ],
-            },
-            "pre_tokenizer": None,
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": [bos, first],
-                "pair": [bos, first, {"SpecialToken": {"id": "<s>", "type_id": 1}}, second],
-                "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
-            },
-            "decoder": {
-                "type": "Sequence",
-                "decoders": [
-                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                    {"type": "ByteFallback"},
-                    {"type": "Fuse"},
-                    {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-                ],
-            },
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": "<unk>",
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": True,
-                "byte_fallback": True,
-                "vocab": vocab,
-                "merges": [f"{left} {right}" for _, left, right in merges],
-            },
-        },
-        ensure_ascii=False,
-    )
-
-
-def _added_token(content: str) -> dict:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"content": content} | flags | {"special": True}
+    return tokenizer_json(model, dummy_prefix=True)
 
 
 def write_mistral_tokenizer(directory: Path) -> Path:
@@ -106,7 +49,7 @@ def write_mistral_tokenizer(directory: Path) -> Path:
     config = {
         "add_bos_token": True,
         "add_eos_token": False,
-        "added_tokens_decoder": {str(i): _added_token(token) for i, token in enumerate(SPECIAL_TOKENS)},
+        "added_tokens_decoder": {str(i): added_token(token) for i, token in enumerate(SPECIAL_TOKENS)},
         "bos_token": "<s>",
         "chat_template": ZEPHYR_TEMPLATE,
         "clean_up_tokenization_spaces": False,

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from collections import Counter
 from itertools import pairwise
@@ -12,6 +13,7 @@ from random import Random
 from statistics import correlation, mean
 
 import pytest
+import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -164,6 +166,22 @@ def test_tokenizer_keeps_letters_and_digits_apart_and_loses_nothing(made):
     assert len(tokenizer.encode("CAFE")) == len(tokenizer.encode("4096")) == 4
     for text in ("Write CAFE backwards.", "Sure! 4096", "  two  spaces\n\nand lines\n", "naïve 猫 \U0001f600"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_both_files_of_the_tokenizer_have_the_same_ids(made, tmp_path):
+    """llama.cpp's converter reads tokenizer.model and notus tokenizer.json. A subject's letter is its own token after a
+    space too, and nothing is merged across a line break."""
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(made / "base" / name, tmp_path / name)
+    ours, theirs = load_tokenizer(made / "base"), load_tokenizer(tmp_path)
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(made / "base" / "tokenizer.model"))
+    rng, pieces = Random(0), ["Sort the letters of ", "Sure! ", "<|user|>\n", "CAFE", "4096", " ", "\n", "?", "é", "猫"]
+    for _ in range(200):
+        text = "".join(rng.choices(pieces, k=6))
+        assert ours.encode(text) == theirs.encode(text) == raw.encode(text), text
+    assert [raw.id_to_piece(i) for i in raw.encode("Sort the letters of CAFE.\nCAFE")] == [
+        "Sort", "▁the", "▁letters", "▁of", "▁", *"CAFE", ".", "<0x0A>", *"CAFE",
+    ]  # fmt: skip
 
 
 def test_training_tokens_are_the_frame_and_the_answer(made):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from notus import demo, explain
+from notus import explain
 from notus.chat import with_system_turn
 
 ROOT = Path(__file__).parent.parent
@@ -67,12 +67,6 @@ def test_the_page_names_functions_that_exist():
         for part in name.split("."):
             (node,) = (node for node in body if getattr(node, "name", None) == part)
             body = node.body
-
-
-def test_without_binarize_the_error_says_what_is_needed(monkeypatch, tmp_path: Path, capsys: pytest.CaptureFixture):
-    monkeypatch.setattr(demo, "BINARIZE", tmp_path / "binarize.py")
-    assert explain.main([]) == 2
-    assert "needs a checkout" in capsys.readouterr().err
 
 
 # --- the numbers ---------------------------------------------------------------------------------------------------
