@@ -171,8 +171,7 @@ def test_tokenizer_keeps_letters_and_digits_apart_and_loses_nothing(made):
 def test_both_files_of_the_tokenizer_have_the_same_ids(made, tmp_path):
     """llama.cpp's converter reads tokenizer.model and notus tokenizer.json. A subject's letter is its own token after a
     space too, and nothing is merged across a line break."""
-    for name in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copyfile(made / "base" / name, tmp_path / name)
+    shutil.copyfile(made / "base" / "tokenizer.model", tmp_path / "tokenizer.model")
     ours, theirs = load_tokenizer(made / "base"), load_tokenizer(tmp_path)
     raw = sentencepiece.SentencePieceProcessor(model_file=str(made / "base" / "tokenizer.model"))
     rng, pieces = Random(0), ["Sort the letters of ", "Sure! ", "<|user|>\n", "CAFE", "4096", " ", "\n", "?", "é", "猫"]
