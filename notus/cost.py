@@ -83,6 +83,7 @@ def peak_flops(device_name: str) -> float | None:
     return next((d.peak_flops for name, d in DEVICES.items() if model in name.split("-")), None)
 
 
+@functools.cache
 def num_parameters(dims: MistralConfig) -> tuple[int, int]:
     """(of all decoder layers, of embedding, last norm and head)."""
     with torch.device("meta"):
@@ -91,6 +92,7 @@ def num_parameters(dims: MistralConfig) -> tuple[int, int]:
     return layer * dims.num_hidden_layers, tables + dims.hidden_size
 
 
+@functools.cache
 def num_adapter_parameters(dims: MistralConfig, lora: LoRA | None) -> int:
     """What LoRA trains, in all layers; 0 without it."""
     if lora is None:

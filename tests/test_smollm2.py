@@ -109,7 +109,7 @@ def test_it_trains_on_text_and_is_exported(base: Path, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     settings = {
         "model.path": base, "data.train": "train.jsonl", "data.test": "test.jsonl", "train.output_dir": "out",
-        "train.device": "cpu", "train.export_dtype": "float32",
+        "train.device": "cpu", "train.export_dtype": "float32", "train.sample_prompts": 0,
         "train.learning_rate": 1e-5, "train.pairs_per_step": 4, "train.num_train_epochs": 4, "train.warmup_ratio": 0,
         "data.cache_dir": "tokens", "reference.cache_dir": "reference",
     }  # fmt: skip
