@@ -23,7 +23,7 @@ from notus.metrics import duration
 from notus.model import Mistral
 from notus.plan import describe_cost
 from notus.plot import plot
-from notus.run import Inputs, lora_of
+from notus.run import Inputs, lora_of, run_name
 from notus.slices import Slice, table
 from notus.tokens import describe_counts, describe_pair
 from notus.weights import export
@@ -57,6 +57,8 @@ def banner(facts: dict[str, Any], inputs: Inputs, world: World, notes: Sequence[
             f"lora        rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}: {trained:,} parameters "
             f"are trained, {all_in_all:,} frozen in {settings['train.compute_dtype']}"
         )
+    if settings["log.to"]:
+        lines.append(f"log         {', '.join(settings['log.to'])}, as {run_name(facts)}")
     lines += [f"note        {note}" for note in notes]
     if step:
         lines.append(f"resuming    after step {step:,}")

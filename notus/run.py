@@ -101,8 +101,7 @@ class Run:
             stall = {"checkpoint_stall_seconds": self.manifest["stall_seconds"]}
             lines.append({"step": step, "epoch": step / self.epoch_steps} | last | stall)
         window = self.manifest["window"] if self.manifest else ()
-        name = f"{self.output.resolve().name}-{self.facts['run_id']}"
-        track = partial(Trackers, settings["log.to"], self.output, name, settings) if settings["log.to"] else None
+        track = partial(Trackers, settings["log.to"], self.output, run_name(self.facts), settings)
         return Log(self.output, world, self.facts["steps"], self.epoch_steps, self.first_step, lines, window, track)
 
     def disk_notes(self, inputs: "Inputs") -> list[str]:
@@ -365,6 +364,11 @@ def environment(files: Sequence[str | Path]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "data_sha256": {str(path): file_digest(path) for path in files},
     }
+
+
+def run_name(facts: dict[str, Any]) -> str:
+    """In trackers: the folder's, and what tells it from another run in the same folder."""
+    return f"{Path(facts['settings']['train.output_dir']).resolve().name}-{facts['run_id']}"
 
 
 def loss_of(settings: dict[str, Any]) -> PreferenceLoss:
