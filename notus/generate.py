@@ -69,9 +69,7 @@ def stream(
         uniform = torch.stack([torch.rand((), dtype=torch.float64, generator=generators[i]) for i in unread])  # (A,)
         tokens = sample(logits, uniform.to(device), temperature, top_p)
         if world:
-            broadcast(
-                tokens
-            )  # a rank that rounded otherwise would end its loop earlier, and the others would wait for it
+            broadcast(tokens)  # else a rank that rounds otherwise might end its loop before the others
         step = {i: token for i, token in zip(unread, tokens.tolist(), strict=True) if token not in stop}
         if not step:
             return
