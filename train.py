@@ -25,7 +25,7 @@ if __name__ == "__main__":
     if "RANK" not in os.environ:
         command_line(sys.argv[1:], __doc__, early=True)  # a typo is reported now, and not after them
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # Streams of other lengths in every step leave gaps of a third of a GPU's memory in segments that cannot grow.
+        # Streams have other lengths in every step. In segments that cannot grow they leave as many gaps as tensors.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 import math
