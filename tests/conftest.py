@@ -31,7 +31,7 @@ LONGEST = ["test_checkpoint", "test_train", "test_compile", "test_cost", "test_l
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first, so that two workers end at about the same time."""
+    """The longest files come first, so that the workers end at about the same time."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if not torch.cuda.is_available():
         for item in items:
