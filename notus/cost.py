@@ -27,8 +27,8 @@ from notus.model import RECOMPUTE, DecoderLayer, RMSNorm, is_product, rotary_tab
 GIB = 2**30
 
 # Of a GPU's memory, for what memory_gib does not count. CUDA's context and kernels: 0.3 (pytorch#107667) to 0.5. NCCL's
-# buffers for one communicator of 8 GPUs: 1.1 to 1.6 (nccl#1685, nccl#864). Fragmentation, with the growing segments that
-# train.py asks for: 0.6 (benchmarks/fragmentation.py).
+# buffers for one communicator of 8 GPUs: 1.1 to 1.6 (nccl#1685, nccl#864). Fragmentation, with the growing segments
+# that train.py asks for: 0.6 (benchmarks/fragmentation.py).
 RESERVE_GIB = 3.0
 
 
