@@ -6,6 +6,7 @@ and mostly that is SIGKILL.
 
 import errno
 import functools
+import gc
 import importlib
 import itertools
 import json
@@ -91,6 +92,9 @@ def rows(rng: random.Random, count: int) -> str:
         user = " ".join(rng.choices(WORDS, k=rng.randint(1, 9)))
         made.append({"chosen": conversation(user, 12), "rejected": conversation(user, 9)})
     return "".join(json.dumps(row) + "\n" for row in made)
+
+
+gc.freeze()  # what is imported by now is in every run, and no run's garbage collector looks through it again
 
 
 def start_server() -> None:
