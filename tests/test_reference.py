@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import small_vocabulary, write_mistral_tokenizer
 from tiny import pair_set, random_pairs, run_ranks, save_checkpoint, tiny_config, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -379,11 +380,11 @@ def test_two_ranks_compute_and_cache_what_one_does(model: Mistral, world: World,
 
 
 @pytest.fixture
-def config_file(mistral_tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base, eight training pairs, two held out, and the configuration of a run over them."""
-    base = save_checkpoint(tiny_model(tiny_config(vocab_size=32000, hidden_size=8)), tmp_path / "base")
-    for path in mistral_tokenizer_dir.iterdir():
-        (base / path.name).write_bytes(path.read_bytes())
+    vocabulary = small_vocabulary("train test yes no 0123456789")
+    model = tiny_model(tiny_config(vocab_size=vocabulary.vocab_size(), hidden_size=8))
+    write_mistral_tokenizer(save_checkpoint(model, tmp_path / "base"), vocabulary)
     for name, count in (("train", 8), ("test", 2)):
         rows = [
             {"instruction": f"{name} {i}", "chosen_response": f"yes {i}", "rejected_response": f"no {i}"}

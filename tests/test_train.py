@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import write_mistral_tokenizer
+from conftest import small_vocabulary, write_mistral_tokenizer
 from forked import join, log_of, no_curves, start_ranks, start_server
 from safetensors.torch import load_file, save_file
 from tiny import config_json, hf_load, hf_logps, random_pairs, save_checkpoint, tiny_config, tiny_model
@@ -70,6 +70,10 @@ WORDS = [
     "is",
     "not",
 ]
+VOCABULARY = small_vocabulary("\n".join(f"Yes, {' '.join(WORDS)}.\n{word}, {word}! {word}." for word in WORDS))
+CONFIG_OF_BASE = tiny_config(
+    vocab_size=VOCABULARY.vocab_size(), hidden_size=16, intermediate_size=36, initializer_range=0.1
+)
 TRAIN_PAIRS, TEST_PAIRS, PAIRS_PER_STEP, STEPS, EVALUATIONS = 40, 9, 12, 8, (0, 3, 6, 8)
 CONFIG = """
 [model]
@@ -127,10 +131,9 @@ def write(path: Path, rows: list) -> None:
 
 @pytest.fixture(scope="module")
 def world_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base with Mistral's vocabulary, its data and a configuration. Runs add to its reference cache only."""
+    """A base with a vocabulary of Mistral's kind, data and a configuration. Runs add to its reference cache only."""
     directory = tmp_path_factory.mktemp("world")
-    config = tiny_config(vocab_size=32000, hidden_size=16, intermediate_size=36, initializer_range=0.1)
-    write_mistral_tokenizer(save_checkpoint(tiny_model(config), directory / "base"))
+    write_mistral_tokenizer(save_checkpoint(tiny_model(CONFIG_OF_BASE), directory / "base"), VOCABULARY)
     rng = random.Random(0)
     write(directory / "train.jsonl", rows(rng, TRAIN_PAIRS))
     write(directory / "test.jsonl", rows(rng, TEST_PAIRS))
@@ -479,7 +482,7 @@ def test_another_run_over_the_same_base_and_text_scores_nothing_anew(run, capsys
 
 
 def test_pairs_cut_otherwise_are_scored_anew_and_only_they(run, capsys):
-    shorter = ("data.max_length=40", "data.max_prompt_length=30", "train.num_train_epochs=1")
+    shorter = ("data.max_length=34", "data.max_prompt_length=25", "train.num_train_epochs=1")
 
     def scored() -> tuple[int, int]:
         run(*shorter)
@@ -522,7 +525,7 @@ def test_a_reference_that_is_not_the_policys_is_refused_with_the_pair(
 def first_model(world_dir: Path) -> Path:
     """pi_0, of which the policy begins at a distance: the base with other weights."""
     path = shutil.copytree(world_dir / "base", world_dir / "pi_0")
-    model = tiny_model(tiny_config(vocab_size=32000, hidden_size=16, intermediate_size=36, initializer_range=0.1))
+    model = tiny_model(CONFIG_OF_BASE)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
@@ -773,7 +776,7 @@ def edit(number: int, change: Callable[[dict], object], name: str = "train.jsonl
 
 
 def fewer_rows(directory: Path) -> None:
-    """A consistent checkpoint of 97 tokens, beside a tokenizer of 32,000."""
+    """A consistent checkpoint of 97 tokens, beside a tokenizer of more."""
     change_json(directory / "base" / "config.json", vocab_size=97)
     names = ("lm_head.weight", "model.embed_tokens.weight")
     change_weights(directory, lambda tensors: tensors.update({name: tensors[name][:97].clone() for name in names}))
@@ -790,7 +793,7 @@ def other_words(directory: Path) -> None:
     tokenizer = json.loads((path / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
     names = {i: piece for piece, i in vocab.items()}
-    vocab[names[28705]], vocab[names[28706]] = 28706, 28705
+    vocab[names[300]], vocab[names[301]] = 301, 300
     tokenizer["model"]["merges"] = []
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
 
@@ -870,12 +873,13 @@ BAD = {
     "a reference with another tokenizer": (
         other_words,
         ["dpo.reference=elsewhere"],
-        "elsewhere: as dpo.reference it must read the ids of base, but id 28705 twice is ",
+        "elsewhere: as dpo.reference it must read the ids of base, but id 300 twice is ",
     ),
     "a reference with fewer rows": (
         fewer_rows_of_the_reference,
         ["dpo.reference=elsewhere"],
-        "elsewhere: as dpo.reference it must read the ids of base, whose tokenizer has 32,000, but its embedding has ",
+        "elsewhere: as dpo.reference it must read the ids of base, whose tokenizer has "
+        f"{VOCABULARY.vocab_size()}, but its embedding has 97 rows",
     ),
     "output is a file": (None, ["train.output_dir=test.jsonl"], "test.jsonl: is a file"),
     "output not empty": (
