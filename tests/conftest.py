@@ -7,6 +7,7 @@ runs of forked.py.
 import gc
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.g
 
 from notus.chat import ZEPHYR_TEMPLATE  # noqa: E402
 from notus.demo import SPECIAL_TOKENS, added_token, tokenizer_json  # noqa: E402
+
+# The compiler's trace, which pytest would have it write line by line: a third of the time of a compilation.
+logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)
 
 SENTENCEPIECE = files("mistral_common") / "data" / "tokenizer.model.v1"
 

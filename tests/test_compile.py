@@ -4,7 +4,6 @@ Past torch's limit of 8 for one function, a rank would run its layers uncompiled
 it. Most tests count graphs only, with a backend that generates no code.
 """
 
-import logging
 from contextlib import ExitStack
 from functools import partial
 
@@ -29,14 +28,9 @@ FIRST_LAYER = 1  # with LoRA, whose embedding is frozen: the first layer's input
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
-    """And without the compiler's trace, which pytest would have it log line by line, at a third of its time."""
     torch._dynamo.reset()
     counters.clear()
-    trace = logging.getLogger("torch.__trace")
-    level = trace.level
-    trace.setLevel(logging.CRITICAL)
     yield
-    trace.setLevel(level)
     torch._dynamo.reset()
 
 
