@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from chat_server import completion, reply
-from conftest import write_mistral_tokenizer
+from conftest import small_vocabulary, write_mistral_tokenizer
 from scipy import stats
 from tiny import pair_set, random_pairs, run_ranks, save_checkpoint, tiny_config, tiny_model
 
@@ -22,10 +22,11 @@ from notus.evaluate import held_out_metrics, main, read_questions
 from notus.losses import LOSSES, PreferenceLoss
 from notus.model import Mistral, pair_logps
 from notus.packing import pack_pairs
-from notus.tokenizer import load_tokenizer
+from notus.tokenizer import Tokenizer, load_tokenizer
 from notus.tokens import load_pairs
 
-VOCAB = 32000
+VOCABULARY = small_vocabulary("What is a word\n" + "\n".join("0123456789"))  # each digit a token
+VOCAB = VOCABULARY.vocab_size()
 GAIN = 2.0  # of the head's rows
 
 
@@ -38,10 +39,10 @@ def uniform() -> Mistral:
     return model
 
 
-def chain(tokenizer_dir: Path, text: str) -> Mistral:
+def chain(tokenizer: Tokenizer, text: str) -> Mistral:
     """A model that says `text` after the newline that ends every prompt, and nothing else: its layers add nothing, so
     the newest token alone decides. The logit of the next token is GAIN * sqrt(hidden_size), all others are 0."""
-    model, tokenizer = uniform(), load_tokenizer(tokenizer_dir)
+    model = uniform()
     said = [*tokenizer.encode("\n" + text)[1:], tokenizer.eos_id]  # without the "▁" before the newline
     with torch.no_grad():
         for place, (token, following) in enumerate(pairwise(said)):
@@ -51,11 +52,14 @@ def chain(tokenizer_dir: Path, text: str) -> Mistral:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, mistral_tokenizer_dir) -> dict[str, Path]:
-    made = {"says42": chain(mistral_tokenizer_dir, "42"), "says7": chain(mistral_tokenizer_dir, "7\t"),
-            "uniform": uniform(), "random": tiny_model(tiny_config(vocab_size=VOCAB))}  # fmt: skip
+def models(tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: write_mistral_tokenizer(save_checkpoint(model, root / name)) for name, model in made.items()}
+    tokenizer = load_tokenizer(write_mistral_tokenizer(root / "none", VOCABULARY))
+    made = {"says42": chain(tokenizer, "42"), "says7": chain(tokenizer, "7\t"),
+            "uniform": uniform(), "random": tiny_model(tiny_config(vocab_size=VOCAB))}  # fmt: skip
+    return {
+        name: write_mistral_tokenizer(save_checkpoint(model, root / name), VOCABULARY) for name, model in made.items()
+    }
 
 
 def write_rows(path: Path, *rows) -> Path:
@@ -321,7 +325,7 @@ def test_preferences_refuse_bad_input_before_a_model_is_read(models, tmp_path, c
     monkeypatch.setattr("notus.evaluate.load_model", lambda *_: pytest.fail("weights were read"))
     data = write_rows(tmp_path / "pairs.jsonl", preference("a", "b", "c"))
     bad = write_rows(tmp_path / "bad.jsonl", preference("a", "b", "c"), {"chosen": []})
-    other = write_mistral_tokenizer(save_checkpoint(uniform(), tmp_path / "other"))
+    other = write_mistral_tokenizer(save_checkpoint(uniform(), tmp_path / "other"), VOCABULARY)
     (other / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     model, base = ("--model", models["says7"]), ("--base", models["uniform"])
     for options, message in (
