@@ -74,7 +74,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("num_ranks", [4])
 def test_a_rank_needs_its_shard_and_one_tensor(base: Path, tmp_path: Path, num_ranks: int):
-    run_ranks(num_ranks, load_and_export, base, tmp_path, fresh=True)
+    run_ranks(num_ranks, load_and_export, base, tmp_path)
     whole = (base / "model.safetensors").stat().st_size
     largest = 16 * MIB
     for rank in range(num_ranks):

@@ -171,17 +171,15 @@ def hf_logps(twin: nn.Module, prompt: np.ndarray, answer: np.ndarray) -> Tensor:
     return logps.gather(1, ids[len(prompt) :, None]).sum()
 
 
-def run_ranks(num_ranks: int, work: Callable, *arguments, fresh: bool = False) -> None:
+def run_ranks(num_ranks: int, work: Callable, *arguments) -> None:
     """`work(*arguments)` in `num_ranks` processes with torchrun's environment; `work` is a module's function. They are
-    forked from one that has imported torch, unless they must be `fresh`."""
+    forked from one that has imported torch."""
     import forked  # here: it imports this file
 
-    if not fresh:
-        forked.start_server()
+    forked.start_server()
     torch.multiprocessing.start_processes(
-        _run_rank, (forked.torchrun(num_ranks), work, arguments), nprocs=num_ranks,
-        start_method="spawn" if fresh else "forkserver",
-    )  # fmt: skip
+        _run_rank, (forked.torchrun(num_ranks), work, arguments), nprocs=num_ranks, start_method="forkserver"
+    )
 
 
 def _run_rank(rank: int, environments: list[dict[str, str]], work: Callable, arguments: tuple) -> None:
