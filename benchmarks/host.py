@@ -5,7 +5,10 @@
 A layer is as on GPUs: sharded by FSDP2 (8 ranks of a process group without a network), bfloat16, FlashAttention's one
 operation (with a kernel that does nothing). Seconds are CPU time of the process, the median of some steps. Compiled
 layers are compiled without code generation (`aot_eager`) or by Inductor. `broken` is compiled with the graph break at
-attention that there once was. Launches are operations that are no views; compiled ones are not counted.
+attention that there once was.
+
+Launches are those of the layers themselves, without FSDP2's copies: operations that are no views. Of compiled layers
+they are the kernels that Inductor generates, fused as for CPUs, and what it leaves to libraries.
 
 The host is the bottleneck where a GPU is done with a layer sooner. The last column says how many tokens of a
 micro-batch keep an A100 busy, at plan.py's MFU, for as long as the host takes.
@@ -14,10 +17,12 @@ micro-batch keep an A100 busy, at plan.py's MFU, for as long as the host takes.
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
@@ -42,7 +47,8 @@ CONFIG = MistralConfig(
     tie_word_embeddings=False, initializer_range=0.02,
 )  # fmt: skip
 VIEWS = ("view", "t", "transpose", "unsqueeze", "squeeze", "expand", "slice", "split", "select", "detach", "alias",
-         "permute", "as_strided", "_unsafe_view", "_reshape_alias", "unflatten", "chunk")  # fmt: skip
+         "permute", "as_strided", "_unsafe_view", "_reshape_alias", "unflatten", "chunk", "empty", "empty_like",
+         "empty_strided", "new_empty")  # fmt: skip
 
 
 class Launches(TorchDispatchMode):
@@ -53,6 +59,14 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         self.count += op.name().rpartition("::")[2].partition(".")[0] not in VIEWS and "c10d" not in op.name()
         return op(*args, **kwargs or {})
+
+
+def launches_in_graphs(step: Callable[[], None]) -> int:
+    """Of a step whose layers Inductor has compiled; its kernels write themselves into the profile, see `main`."""
+    with torch.profiler.profile() as profiler:
+        step()
+    names = (event.name for event in profiler.events() if "CompiledFxGraph" in getattr(event.cpu_parent, "name", ""))
+    return sum("cpp_fused" in name or name.rpartition("::")[2] not in VIEWS for name in names)
 
 
 def flash_without_computing() -> None:
@@ -86,7 +100,7 @@ def measure(level: str, way: str) -> tuple[float, float, int, float]:
     rng = np.random.default_rng(0)
     stream = pack_pairs([Pair("", *(rng.integers(0, 64, n).astype(np.int32) for n in (3, 4, 5)))])
 
-    def step() -> None:
+    def step(model: Mistral = model) -> None:
         pair_logps(model, stream).sum().backward()
         model.zero_grad()
 
@@ -98,18 +112,22 @@ def measure(level: str, way: str) -> tuple[float, float, int, float]:
         started = time.process_time()
         step()
         seconds.append(time.process_time() - started)
-    launches = Launches()
+    launches = launches_in_graphs(step) if way == "inductor" else 0
     if way == "eager":
-        with launches:
-            step()
+        plain = Mistral(CONFIG).to(torch.bfloat16)
+        plain.model.recompute = level
+        with Launches() as mode:
+            step(plain)
+        launches = mode.count
     PackedAttention.__call__ = attention
     milliseconds = 1e3 * statistics.median(seconds) / LAYERS
-    return milliseconds, launches.count / LAYERS, counters["stats"]["unique_graphs"], first
+    return milliseconds, launches / LAYERS, counters["stats"]["unique_graphs"], first
 
 
 def main() -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     flash_without_computing()
+    torch._inductor.config.cpp.enable_kernel_profile = True
     layer_flops = 6 * num_parameters(MISTRAL_7B)[0] / MISTRAL_7B.num_hidden_layers  # a token, forward and backward
     a100 = DEVICES["A100-80GB"]
     tokens = a100.peak_flops * a100.mfu / layer_flops  # a second
