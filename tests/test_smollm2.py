@@ -1,6 +1,6 @@
 """A real model: SmolLM2-135M-Instruct is read, answers, trains on text and is exported, as in transformers.
 
-It takes about 50 seconds of one core and 4 GB, so its tests are marked `slow`. Without the model they are
+It takes about 40 seconds of one core and 4 GB, so its tests are marked `slow`. Without the model they are
 skipped: see smollm2.py.
 """
 
