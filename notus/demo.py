@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -224,20 +224,25 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")  # ids 0, 1, 2, as in Mistral's vocabu
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
 
 
-def train_tokenizer() -> sentencepiece.SentencePieceProcessor:
-    """Llama's kind of vocabulary, BPE that falls back to bytes, over the frame and the wordings. Subjects are not in
-    there, so each of their letters and digits is a token, and so is a space before them. A line break is a byte, so no
-    token reaches from a prompt into its answer."""
-    corpus = [f"<|{role}|>" for role in ("system", "user", "assistant")] + ["Sure! "]
-    corpus += [task.wording.format("") for task in TASKS.values()]
+def train_bpe(corpus: Iterable[str], vocab_size: int, **options: Any) -> sentencepiece.SentencePieceProcessor:
+    """Llama's kind of vocabulary: BPE that falls back to bytes, of `vocab_size` pieces at most. `options` are
+    SentencePiece's."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus), model_writer=model, model_type="bpe", vocab_size=512, hard_vocab_limit=False,
-        byte_fallback=True, required_chars="".join(map(chr, range(33, 127))), normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False, split_by_unicode_script=False, unk_id=0, bos_id=1,
-        eos_id=2, minloglevel=2,
+        sentence_iterator=iter(corpus), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+        hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, unk_id=0, bos_id=1, eos_id=2, minloglevel=2, **options,
     )  # fmt: skip
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+def train_tokenizer() -> sentencepiece.SentencePieceProcessor:
+    """A vocabulary over the frame and the wordings. Subjects are not in there, so each of their letters and digits is a
+    token, and so is a space before them. A line break is a byte, so no token reaches from a prompt into its answer."""
+    corpus = [f"<|{role}|>" for role in ("system", "user", "assistant")] + ["Sure! "]
+    corpus += [task.wording.format("") for task in TASKS.values()]
+    letters = "".join(map(chr, range(33, 127)))
+    return train_bpe(corpus, 512, required_chars=letters, add_dummy_prefix=False, split_by_unicode_script=False)
 
 
 def tokenizer_json(model: sentencepiece.SentencePieceProcessor, dummy_prefix: bool) -> str:

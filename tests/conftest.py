@@ -5,7 +5,6 @@ runs of forked.py.
 """
 
 import gc
-import io
 import json
 import logging
 import os
@@ -25,12 +24,14 @@ sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 from notus.chat import ZEPHYR_TEMPLATE  # noqa: E402
-from notus.demo import SPECIAL_TOKENS, added_token, tokenizer_json  # noqa: E402
+from notus.demo import SPECIAL_TOKENS, added_token, tokenizer_json, train_bpe  # noqa: E402
 
 # The compiler's trace, which pytest would have it write line by line: a third of the time of a compilation.
 logging.getLogger("torch.__trace").setLevel(logging.CRITICAL)
 
-SENTENCEPIECE = files("mistral_common") / "data" / "tokenizer.model.v1"
+MISTRAL = sentencepiece.SentencePieceProcessor(
+    model_proto=(files("mistral_common") / "data" / "tokenizer.model.v1").read_bytes()
+)
 
 
 LONGEST = ["test_checkpoint", "test_train", "test_compile", "test_cost", "test_lora", "test_memory", "test_pretend_gpu"]
@@ -48,31 +49,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @cache
-def mistral_tokenizer_json() -> str:
+def mistral_tokenizer_json(vocabulary: sentencepiece.SentencePieceProcessor) -> str:
     """Mistral-7B-v0.1's tokenizer.json, in the form in which the Zephyr family ships it, derived from the pieces."""
-    model = sentencepiece.SentencePieceProcessor(model_proto=SENTENCEPIECE.read_bytes())
-    return tokenizer_json(model, dummy_prefix=True)
+    return tokenizer_json(vocabulary, dummy_prefix=True)
 
 
 def small_vocabulary(text: str) -> sentencepiece.SentencePieceProcessor:
     """A vocabulary of Mistral's kind with the words of `text` and of Zephyr's frame in it, for runs that are the same
     with any. A tokenizer of 32,000 pieces takes 0.2 s to load, and so many logits cost more than a tiny model."""
-    model, lines = io.BytesIO(), [*text.split("\n"), "<|system|>", "<|user|>", "<|assistant|>"]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=440, hard_vocab_limit=False,
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, unk_id=0,
-        bos_id=1, eos_id=2, minloglevel=2,
-    )  # fmt: skip
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    return train_bpe([*text.split("\n"), "<|system|>", "<|user|>", "<|assistant|>"], 440)
 
 
-def write_mistral_tokenizer(directory: Path, small: sentencepiece.SentencePieceProcessor | None = None) -> Path:
-    """Write Mistral's tokenizer.json and tokenizer.model, and Zephyr's tokenizer_config.json, into `directory`. With
-    `small`, another vocabulary in the same form."""
+def write_mistral_tokenizer(directory: Path, vocabulary: sentencepiece.SentencePieceProcessor = MISTRAL) -> Path:
+    """Write Mistral's tokenizer.json and tokenizer.model, and Zephyr's tokenizer_config.json, into `directory`, or
+    another vocabulary in the same form."""
     directory.mkdir(parents=True, exist_ok=True)
-    text = tokenizer_json(small, dummy_prefix=True) if small else mistral_tokenizer_json()
-    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
-    (directory / "tokenizer.model").write_bytes(small.serialized_model_proto() if small else SENTENCEPIECE.read_bytes())
+    (directory / "tokenizer.json").write_text(mistral_tokenizer_json(vocabulary), encoding="utf-8")
+    (directory / "tokenizer.model").write_bytes(vocabulary.serialized_model_proto())
     config = {
         "add_bos_token": True,
         "add_eos_token": False,

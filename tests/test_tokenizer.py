@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import mistral_tokenizer_json
+from conftest import MISTRAL, mistral_tokenizer_json
 from test_chat import CHATML_TEMPLATE, INST_TEMPLATE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -146,7 +146,7 @@ def added(content: str, **flags: bool) -> dict:
 @cache
 def small_tokenizer_json() -> str:
     """Mistral's first 700 pieces."""
-    saved = json.loads(mistral_tokenizer_json())
+    saved = json.loads(mistral_tokenizer_json(MISTRAL))
     vocab = {piece: i for piece, i in saved["model"]["vocab"].items() if i < 700}
     merges = [
         merge for merge in saved["model"]["merges"] if {*merge.split(" "), merge.replace(" ", "")} <= vocab.keys()
