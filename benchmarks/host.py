@@ -7,8 +7,8 @@ operation (with a kernel that does nothing). Seconds are CPU time of the process
 layers are compiled without code generation (`aot_eager`) or by Inductor. `broken` is compiled with the graph break at
 attention that there once was.
 
-Launches are those of the layers themselves, without FSDP2's copies: operations that are no views. Of compiled layers
-they are the kernels that Inductor generates, fused as for CPUs, and what it leaves to libraries.
+Launches are those of the layers themselves, without FSDP2's copies: operations that are neither views nor allocations.
+Of compiled layers they are the kernels that Inductor generates, fused as for CPUs, and what it leaves to libraries.
 
 The host is the bottleneck where a GPU is done with a layer sooner. The last column says how many tokens of a
 micro-batch keep an A100 busy, at plan.py's MFU, for as long as the host takes.
@@ -46,18 +46,23 @@ CONFIG = MistralConfig(
     num_key_value_heads=1, head_dim=8, rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=None,
     tie_word_embeddings=False, initializer_range=0.02,
 )  # fmt: skip
-VIEWS = ("view", "t", "transpose", "unsqueeze", "squeeze", "expand", "slice", "split", "select", "detach", "alias",
-         "permute", "as_strided", "_unsafe_view", "_reshape_alias", "unflatten", "chunk", "empty", "empty_like",
-         "empty_strided", "new_empty")  # fmt: skip
+NO_KERNEL = (
+    "view", "t", "transpose", "unsqueeze", "squeeze", "expand", "slice", "split", "select", "detach", "alias",
+    "permute", "as_strided", "_unsafe_view", "_reshape_alias", "unflatten", "chunk", "empty", "empty_like",
+    "empty_strided", "new_empty",
+)  # fmt: skip
+
+
+def is_launch(name: str) -> bool:
+    """Whether an operation of this name is a kernel on a GPU: neither a view nor an allocation."""
+    return name.rpartition("::")[2].partition(".")[0] not in NO_KERNEL
 
 
 class Launches(TorchDispatchMode):
-    """Operations that are a kernel on a GPU."""
-
     count = 0
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.count += op.name().rpartition("::")[2].partition(".")[0] not in VIEWS and "c10d" not in op.name()
+        self.count += is_launch(op.name())
         return op(*args, **kwargs or {})
 
 
@@ -66,7 +71,7 @@ def launches_in_graphs(step: Callable[[], None]) -> int:
     with torch.profiler.profile() as profiler:
         step()
     names = (event.name for event in profiler.events() if "CompiledFxGraph" in getattr(event.cpu_parent, "name", ""))
-    return sum("cpp_fused" in name or name.rpartition("::")[2] not in VIEWS for name in names)
+    return sum(map(is_launch, names))
 
 
 def flash_without_computing() -> None:
