@@ -76,7 +76,7 @@ def test_front_matter_names_the_base_and_how_to_load_it():
     ("settings", "named"),
     [
         (["model.hub_id=HuggingFaceTB/SmolLM2-135M"], "HuggingFaceTB/SmolLM2-135M"),
-        (["model.path=/root/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/0a1b"], "Qwen/Qwen3-8B"),
+        (["model.path=/home/me/.cache/huggingface/hub/models--Qwen--Qwen3-8B/snapshots/0a1b"], "Qwen/Qwen3-8B"),
         (["model.path=models/zephyr-7b-sft-full"], "alignment-handbook/zephyr-7b-sft-full"),  # the same path
         (["model.path=models/my-own-base"], None),  # the recipe's id does not go with another path
         (["model.path=models/my-own-base", "model.hub_id=me/own"], "me/own"),
