@@ -39,8 +39,9 @@ from torch.distributed.checkpoint._hf_utils import (
     FORMAT_VALUE,
     HF_DCP_VERSION,
 )
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 
 from notus.distributed import World, from_rank_zero, on_rank_zero, sum_over_ranks
@@ -64,7 +65,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
         # The copy in host memory, whose pages are taken once. It is not pinned: registering 7 GB a rank can fail, and
         # would save a second of the minutes between two checkpoints.
-        self._stager = DefaultStager(StagingOptions(False, False, False, False))
+        self._stager = HostCopy()
         self._pending: Future | None = None  # the checkpoint that is being completed
         self._full = False  # whether one could not be written for want of space, be it the disk's or a quota's
 
@@ -182,6 +183,23 @@ class Checkpoints:
         except CheckpointException as error:  # no Exception, and its text is a traceback
             reason = next(iter(error.failures.values()))[0]
             raise OSError(f"{manifest['directory']}: cannot be read: {reason}") from error
+
+
+class HostCopy(AsyncStager):
+    """A checkpoint's copy in host memory, whose pages the next one takes again. torch's DefaultStager would do; but that
+    of torch 2.11 is closed after one copy."""
+
+    _synchronize_after_execute = False
+
+    def __init__(self) -> None:
+        self._stager = StateDictStager(pin_memory=False, share_memory=False)
+
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        return cast(dict[str, Any], self._stager.stage(state_dict))
+
+    def synchronize_staging(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class StreamedFiles(FileSystemWriter):
