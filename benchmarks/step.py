@@ -8,8 +8,8 @@ Random weights, random tokens, lengths as UltraFeedback has them: a step costs w
 The step is train.py's own, `train.train_step`, with streams packed a step ahead as there. A variant gives it other
 micro-batches, or puts another function in the place of `train.pair_logps`. A step is timed from one loss to the next;
 the first two are left out, and the median of the others counts. The reference pass is timed as a whole. The share of
-the peak is of useful FLOPs (cost.py: prompts once, nothing recomputed), against the data sheet on a GPU, and on a CPU
-against a plain matrix product in the same process.
+the peak is of useful FLOPs (cost.py: prompts once, nothing recomputed), against a plain matrix product in the same
+process. Beside the measured memory stands what notus.plan says of the longest micro-batch.
 
 Legend: P pairs, T tokens of a stream, S answers in it, R response tokens, V vocabulary.
 """
@@ -17,14 +17,17 @@ Legend: P pairs, T tokens of a stream, S answers in it, R response tokens, V voc
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as train.py
 
 import numpy as np
 import torch
@@ -36,13 +39,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # where train.py is
 import train
 from notus import distributed, weights
 from notus.attention import PackedAttention, sdpa, visible
-from notus.cost import forward_flops, num_parameters, peak_flops
+from notus.cost import GIB, Job, forward_flops, memory_gib, num_parameters, scored_share
 from notus.dims import MistralConfig
 from notus.distributed import World, sum_over_ranks
 from notus.logprobs import sequence_logps
 from notus.losses import PreferenceLoss
 from notus.metrics import peak_memory_gib
-from notus.model import RECOMPUTE, Attend, Mistral
+from notus.model import RECOMPUTE, Attend, Mistral, pair_logps
 from notus.optim import lr_at, make_optimizer
 from notus.packing import MicroBatch, Stream, ahead, deal, pack, pack_pairs
 from notus.plan import MISTRAL_7B, cpu_flops, engineering
@@ -143,6 +146,10 @@ class OneByOne:
 
     streams: list[Stream]
 
+    @property
+    def tokens(self) -> Tensor:
+        return torch.cat([stream.tokens for stream in self.streams])
+
     def to(self, device: torch.device) -> "OneByOne":
         return OneByOne([stream.to(device) for stream in self.streams])
 
@@ -217,24 +224,58 @@ def initialize(model: Mistral, std: float) -> None:
         parameter.copy_(whole)
 
 
-def measure(arguments: argparse.Namespace, world: World) -> dict:
-    cuda, (name, dims), off = world.device.type == "cuda", arguments.shape, arguments.off
+def gpu_flops(device: torch.device, size: int = 8192, products: int = 50) -> float:
+    """bfloat16 matmul rate, on random numbers (zeros are faster): the best of three runs."""
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    seconds = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(products):
+            a @ b
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 * products / min(seconds)
+
+
+def profile_steps(run: Callable[[], object]) -> str:
+    """The ten dearest kernels of what `run` does, and the share of time in which the GPU had none."""
+    with torch.profiler.profile() as profiler:
+        run()
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+    )
+    busy, until = 0.0, kernels[0][0]
+    for start, end in kernels:
+        busy, until = busy + max(0.0, end - max(start, until)), max(until, end)
+    whole = until - kernels[0][0]
+    table = profiler.key_averages().table("self_device_time_total", row_limit=14, max_name_column_width=90)
+    return f"{table}\nGPU busy {busy / 1e3:.1f} ms of {whole / 1e3:.1f} ms, {len(kernels):,} kernels"
+
+
+def measure(arguments: argparse.Namespace, world: World, level: str, off: Sequence[str]) -> dict:
+    cuda, (name, dims) = world.device.type == "cuda", arguments.shape
     budget, scale = arguments.budget or (16384 if cuda else 2048), arguments.scale or (1.0 if cuda else 0.25)
     per_step = (arguments.pairs or (8 if cuda else 4)) * world.size
     pairs = draw_pairs(per_step * arguments.steps, dims.vocab_size, scale)
     steps = np.arange(len(pairs)).reshape(-1, per_step)
     dtype = torch.bfloat16 if cuda else torch.float32
-    if off:
-        train.pair_logps = partial(variant_logps, off=off)
+    train.pair_logps = partial(variant_logps, off=off) if off else pair_logps
+    torch.compiler.reset()
+    if cuda:
+        distributed.free_memory()
+        torch.cuda.reset_peak_memory_stats()
 
     model = weights.meta_model(dims)
-    model.model.recompute = arguments.recompute
+    model.model.recompute = level
     if arguments.compile:
         model.model.compile_layers()
     distributed.shard(model, model.model.layers, world, dtype)
     model.to_empty(device=world.device)
     initialize(model, dims.initializer_range)
-    matmul = peak_flops(torch.cuda.get_device_name(world.device)) if cuda else cpu_flops(seconds=1.0)
+    matmul = gpu_flops(world.device) if cuda else cpu_flops(seconds=1.0)
 
     reference = torch.zeros(len(pairs), 2, device=world.device)
     with torch.no_grad():
@@ -253,10 +294,28 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
     flops, tokens = forward_flops(dims, pairs.lengths)[steps].sum(axis=1), pairs.num_tokens[steps].sum(axis=1)
     if not cuda:
         matmul = max(matmul, cpu_flops(seconds=1.0))  # others may have been at work the first time
-    peak = (matmul or math.nan) * world.size
+    peak = matmul * world.size
+    longest = max(
+        len(stream.input_ids)
+        for rows in steps
+        for _, batch in micro_batches(pairs, rows, dims, world, budget, off)
+        for stream in (batch.streams if isinstance(batch, OneByOne) else [batch])
+    )
+    job = Job(
+        num_gpus=world.size, replicate=1, dtype=dtype, optimizer="rmsprop", micro_batch_tokens=longest,
+        activation_checkpointing=level, compile=arguments.compile, cpu_offload=False, num_train_epochs=1,
+        pairs_per_step=per_step, eval_steps=1,
+    )  # fmt: skip
+    planned = sum(memory_gib(dims, job, scored_share(pairs.lengths), level).values())
+    memory = peak_memory_gib(world.device)
+    if cuda:
+        free, whole = torch.cuda.mem_get_info()
+        alive, outside = torch.cuda.max_memory_allocated() / GIB, (whole - free - torch.cuda.memory_reserved()) / GIB
+    if arguments.profile:
+        world.say(profile_steps(lambda: run_steps(model, pairs, steps[:3], reference, world, budget, off)))
     flops_per_second = np.median(3 * flops[LEFT_OUT:] / seconds)
     return {
-        "shape": name, "variant": " ".join(off) or "as it is", "recompute": arguments.recompute,
+        "shape": name, "variant": " ".join(off) or "as it is", "recompute": level,
         "compile": arguments.compile, "parameters": sum(num_parameters(dims)),
         "device": torch.cuda.get_device_name(world.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "dtype": str(dtype).removeprefix("torch."), "ranks": world.size, "matmul_flops": matmul,
@@ -266,8 +325,9 @@ def measure(arguments: argparse.Namespace, world: World) -> dict:
         "flops_per_second": flops_per_second, "peak_share": flops_per_second / peak,
         "reference_pairs_per_second": len(pairs) / reference_seconds,
         "reference_peak_share": flops.sum() / reference_seconds / peak,
-        "memory_gib": max(distributed.gather(world, peak_memory_gib(world.device))), "last_loss": losses[-1],
-        "losses": losses,
+        "memory_gib": max(distributed.gather(world, memory)), "planned_gib": planned, "longest": longest,
+        **({"alive_gib": alive, "outside_gib": outside} if cuda else {}),
+        "last_loss": losses[-1], "losses": losses, "seconds": np.diff(ends).tolist(),
     }  # fmt: skip
 
 
@@ -280,16 +340,18 @@ def markdown(rows: list[dict], columns: list[tuple[str, str]]) -> str:
 
 def table(results: list[dict]) -> str:
     r = results[0]
-    matmul = engineering(r["matmul_flops"], "FLOP/s") if r["matmul_flops"] else "unknown"
+    matmul = engineering(r["matmul_flops"], "FLOP/s")
     lengths = " + ".join(f"{mean:.0f}" for mean in r["mean_lengths"])
     lines = [
         f"{r['shape']}: {r['parameters']:,} parameters, {r['dtype']}; {r['ranks']} x {r['device']}, peak {matmul}",
         f"{r['pairs_per_step']} pairs a step, of {lengths} tokens on average\n",
     ]
     columns = [
-        ("", "{variant}"), ("pairs/s", "{pairs_per_second:.2f}"), ("unique tokens/s", "{tokens_per_second:,.0f}"),
+        ("", "{variant}"), ("recomputing", "{recompute}"), ("pairs/s", "{pairs_per_second:.2f}"),
+        ("unique tokens/s", "{tokens_per_second:,.0f}"),
         ("of peak", "{peak_share:.0%}"), ("reference pairs/s", "{reference_pairs_per_second:.2f}"),
-        ("of peak", "{reference_peak_share:.0%}"), ("peak GiB", "{memory_gib:.2f}"), ("last loss", "{last_loss:.5f}"),
+        ("of peak", "{reference_peak_share:.0%}"), ("peak GiB", "{memory_gib:.2f}"), ("planned", "{planned_gib:.2f}"),
+        ("last loss", "{last_loss:.5f}"),
     ]  # fmt: skip
     return "\n".join([*lines, markdown(results, columns)])
 
@@ -302,25 +364,32 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--budget", type=int, help="tokens of a micro-batch (default: 2048 on a CPU, 16384 on GPUs)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--recompute", default="none", choices=RECOMPUTE, help="as train.activation_checkpointing")
+    parser.add_argument(
+        "--recompute", nargs="+", default=["none"], choices=RECOMPUTE, help="as train.activation_checkpointing"
+    )
     parser.add_argument("--compile", action="store_true", help="as train.compile")
+    parser.add_argument("--profile", action="store_true", help="on a GPU: the dearest kernels of three more steps")
     parser.add_argument("--ablate", action="store_true", help="one row as it is, and one for each of these:")
     for switch, text in SWITCHES.items():
         parser.add_argument(switch, dest="off", action="append_const", const=switch, default=[], help=text)
     arguments = parser.parse_args()
     if arguments.steps <= LEFT_OUT:
         parser.error(f"--steps is {arguments.steps}; the first {LEFT_OUT} do not count")
-    if arguments.ablate:  # a process each, or the memory of one would count for the next
-        cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
+    world = distributed.start(arguments.device)
+    cuda, offs = world.device.type == "cuda", [arguments.off]
+    if arguments.ablate:
+        offs += [[switch] for switch in SWITCHES if cuda or switch != "--no-flash"]
+    variants = [(level, off) for off in offs for level in arguments.recompute]
+    if cuda or len(variants) == 1:
+        results = [measure(arguments, world, level, off) for level, off in variants]
+    else:  # a process each, or the memory of one would count for the next
         command = [argument for argument in sys.orig_argv if argument != "--ablate"]
         outputs = [
-            subprocess.run([*command, *off], stdout=subprocess.PIPE, text=True, check=True).stdout
-            for off in ([], *([switch] for switch in SWITCHES if cuda or switch != "--no-flash"))
+            subprocess.run([*command, *off, "--recompute", level], stdout=subprocess.PIPE, text=True, check=True).stdout
+            for level, off in variants
         ]
         results = [json.loads(output.splitlines()[-1])[0] for output in outputs]
-    else:
-        results = [measure(arguments, distributed.start(arguments.device))]
-        distributed.stop()
+    distributed.stop()
     if distributed.rank() == 0:
         print(table(results))
         print(json.dumps(results))

@@ -3,14 +3,17 @@
     pip install -e .[bench]
     OMP_NUM_THREADS=2 python benchmarks/vs_trl.py      ten minutes on a CPU, in float32; on a GPU in bfloat16
 
-Three TRLs: `shipped`, all pairs of a step in one batch, which pads and on a CPU gives every position to the language
-model head; `kept`, the same with freed memory kept for the next step, as notus does it by itself on a CPU (a GPU has no
-need of it); and `strongest`, the fastest found: memory kept, one pair a micro-batch, accumulated, and the head on
-completion rows only, in tiles of 256 (on a GPU TRL selects these rows by itself; on a CPU `run_trl` replaces two names
-in its modules). All with the reference precomputed, no gradient checkpointing, no dropout. Every run is a process of
-its own, and rounds alternate between the trainers; a ratio is the median over rounds of the ratio within a round. Steps
-are timed from one's end to the next one's, data loading included; the first two are left out, and the median of the
-others counts. The reference pass is timed as a whole: notus's with its cache, TRL's without.
+TRL on a CPU: `shipped`, all pairs of a step in one batch, which pads and gives every position to the language model
+head; `kept`, the same with freed memory kept for the next step, as notus does it by itself on a CPU; and `strongest`,
+the fastest found: memory kept, one pair a micro-batch, accumulated, and the head on completion rows only, in tiles of
+256 (`run_trl` replaces two names in its modules). On a GPU TRL selects these rows by itself: `shipped`; `single`, one
+pair a micro-batch; `liger`, with Liger's kernels for norms, rotary positions and SwiGLU; `inductor`, with
+torch_compile. `compiled` is notus with train.compile.
+
+All with the reference precomputed, no gradient checkpointing, no dropout. Every run is a process of its own, and rounds
+alternate between the trainers; a ratio is the median over rounds of the ratio within a round. Steps are timed from
+one's end to the next one's, data loading included; the first two are left out, and the median of the others counts. The
+reference pass is timed as a whole: notus's with its cache, TRL's without.
 
 Exits with 1 if a loss of any step differs by more than 1e-3 (in bfloat16 0.05: each rounds elsewhere).
 """
@@ -38,10 +41,22 @@ from notus.model import Mistral
 from notus.reference import ReferenceCache, cache_header, reference_logps
 from notus.tokens import PairSet
 
-TRAINERS = ("notus", "shipped", "kept", "strongest")
+TRAINERS = ("notus", "compiled", "shipped", "kept", "strongest", "single", "liger", "inductor")
 DEFAULTS = {
-    "cpu": {"shapes": ["bal", "tiny"], "peers": TRAINERS[1:], "pairs": 4, "scale": 0.25, "budget": 2048},
-    "cuda": {"shapes": ["7b:2"], "peers": ("shipped", "strongest"), "pairs": 8, "scale": 1.0, "budget": 16384},
+    "cpu": {
+        "shapes": ["bal", "tiny"],
+        "peers": ("shipped", "kept", "strongest"),
+        "pairs": 4,
+        "scale": 0.25,
+        "budget": 2048,
+    },
+    "cuda": {
+        "shapes": ["7b:4"],
+        "peers": ("compiled", "shipped", "single", "liger"),
+        "pairs": 8,
+        "scale": 1.0,
+        "budget": 16384,
+    },
 }
 TOLERANCE = {"cpu": 1e-3, "cuda": 0.05}
 
@@ -58,10 +73,14 @@ def write_checkpoint(directory: Path, dims: MistralConfig) -> None:
     weights.write_weights(model, directory, torch.float32, rank=0, max_shard_bytes=5_000_000_000)
 
 
-def run_notus(directory: Path, dims: MistralConfig, pairs: PairSet, arguments: argparse.Namespace) -> dict:
+def run_notus(
+    directory: Path, dims: MistralConfig, pairs: PairSet, arguments: argparse.Namespace, compile_layers: bool
+) -> dict:
     """As train.py does it, in the order of the file."""
     world = distributed.start(arguments.device)
     model, dtype = weights.meta_model(dims), torch.float32 if arguments.device == "cpu" else torch.bfloat16
+    if compile_layers:
+        model.model.compile_layers()
     distributed.shard(model, model.model.layers, world, dtype)
     weights.load_weights(model, directory, world.device)
     with tempfile.TemporaryDirectory() as cache_dir:
@@ -83,7 +102,7 @@ def run_trl(directory: Path, dims: MistralConfig, pairs: PairSet, arguments: arg
     from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    micro_batch, on_cpu = 1 if peer == "strongest" else arguments.pairs, arguments.device == "cpu"
+    micro_batch, on_cpu = 1 if peer in ("strongest", "single") else arguments.pairs, arguments.device == "cpu"
     if peer != "shipped" and on_cpu:
         distributed.keep_freed_memory()
     if peer == "strongest" and on_cpu:
@@ -119,6 +138,7 @@ def run_trl(directory: Path, dims: MistralConfig, pairs: PairSet, arguments: arg
             precompute_ref_log_probs=True, activation_checkpointing=False, disable_dropout=True,
             train_sampling_strategy="sequential", model_init_kwargs={"dtype": "float32"},
             bf16=not on_cpu, use_cpu=on_cpu, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+            use_liger_kernel=peer == "liger", torch_compile=peer == "inductor",
         )  # fmt: skip
         trainer = Trainer(
             model=str(directory), args=config, train_dataset=Dataset.from_list([as_text(pair) for pair in pairs]),
@@ -154,8 +174,8 @@ def run(trainer: str, directory: Path, arguments: argparse.Namespace) -> dict:
     """One run, in this process."""
     name, dims = arguments.shapes[0]
     pairs = draw_pairs(arguments.pairs * arguments.steps, dims.vocab_size, arguments.scale)
-    if trainer == "notus":
-        result = run_notus(directory, dims, pairs, arguments)
+    if trainer in ("notus", "compiled"):
+        result = run_notus(directory, dims, pairs, arguments, trainer == "compiled")
     else:
         result = run_trl(directory, dims, pairs, arguments, trainer)
     seconds = np.diff(result["ends"])
@@ -185,7 +205,8 @@ def compare(shape_name: str, rounds: list[dict[str, dict]]) -> dict:
 
 
 def table(result: dict) -> str:
-    rows = [{"name": n if n == "notus" else f"TRL, {n}", **row} for n, row in result["rows"].items()]
+    names = {"notus": "notus", "compiled": "notus, compiled"}
+    rows = [{"name": names.get(name, f"TRL, {name}"), **row} for name, row in result["rows"].items()]
     columns = [
         ("", "{name}"), ("pairs/s", "{pairs_per_second:.2f}"), ("notus is", "{ratio:.2f}x"),
         ("reference pairs/s", "{reference_pairs_per_second:.2f}"), ("notus is", "{reference_ratio:.2f}x"),
