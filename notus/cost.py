@@ -26,9 +26,9 @@ from notus.model import RECOMPUTE, DecoderLayer, RMSNorm, is_product, rotary_tab
 
 GIB = 2**30
 
-# Of a GPU's memory, for what memory_gib does not count. CUDA's context and kernels: 0.3 (pytorch#107667) to 0.5. NCCL's
-# buffers for one communicator of 8 GPUs: 1.1 to 1.6 (nccl#1685, nccl#864). Fragmentation, with the growing segments
-# that train.py asks for: 0.6 (benchmarks/fragmentation.py).
+# Of a GPU's memory, for what memory_gib does not count. CUDA's context, kernels and NCCL: 1.3 on one H200
+# (benchmarks/RESULTS.md); NCCL's buffers for 8 GPUs take 1.1 to 1.6 by bug reports (nccl#1685, nccl#864). With the
+# growing segments that train.py asks for, up to 1.1 more was reserved than planned, on that H200.
 RESERVE_GIB = 3.0
 
 
@@ -47,8 +47,9 @@ class Device:
 
 # Published MFU of pre-training in bfloat16. A100: 51 % (7B, 8 x 40GB, all recomputed) and 58 to 64 % (7B, 8 x 80GB) in
 # MosaicML llm-foundry, scripts/train/benchmarking; 57 to 68 % (7B) in PyTorch's blog, "Maximizing training throughput".
-# H100: 46 % (7B, llm-foundry); 33 %, compiled 39 % (8B, torchtitan, benchmarks/llama3_h100_202412). H200: as the H100,
-# whose chip it has. The others: no figure found, a guess. Published DPO stacks reach 6 to 29 %.
+# H100: 46 % (7B, llm-foundry); 33 %, compiled 39 % (8B, torchtitan, benchmarks/llama3_h100_202412). H200: 48 %,
+# measured on one, with the recipe's step (benchmarks/RESULTS.md); an H100 has its chip and slower memory. The others:
+# no figure found, a guess. Published DPO stacks reach 6 to 29 %.
 # Peaks of GeForce cards: NVIDIA's architecture white papers (GA102, Ada, RTX Blackwell).
 DEVICES = {
     "A10": Device(125e12, 22.0, 32e9, 0.40),
@@ -58,8 +59,8 @@ DEVICES = {
     "L40S": Device(362e12, 44.4, 32e9, 0.40),
     "A100-40GB": Device(312e12, 39.4, 300e9, 0.50),
     "A100-80GB": Device(312e12, 79.1, 300e9, 0.50),
-    "H100-80GB": Device(989e12, 79.1, 450e9, 0.40, 64e9),
-    "H200": Device(989e12, 139.7, 450e9, 0.40, 64e9),
+    "H100-80GB": Device(989e12, 79.1, 450e9, 0.45, 64e9),
+    "H200": Device(989e12, 139.7, 450e9, 0.48, 64e9),
     "B200": Device(2250e12, 178.3, 900e9, 0.35, 64e9),
 }
 
@@ -69,8 +70,8 @@ GPUS_PER_HOST = 8
 HOST_MEMORY_BYTES = 50e9  # a second; assumed: two channels of DDR5
 OPTIMIZER_BYTES = {"rmsprop": 70, "adamw": 114}
 
-# A checkpoint's copy into host memory, bytes a second: what this machine measures where the pages are there already
-# (benchmarks/RESULTS.md). Training waits for it, and not for the disk.
+# A checkpoint's copy into host memory, bytes a second: what a CPU measures where the pages are there already. From an
+# H200 the first one has 1.5e9 and the others 15e9 (benchmarks/RESULTS.md). Training waits for it, and not for the disk.
 STAGING_BYTES = 2.5e9
 
 

@@ -132,6 +132,7 @@ def test_every_file_has_its_test_and_every_test_its_file():
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
     assert tests - {
         "architecture",
+        "benchmarks",
         "compile",
         "families",
         "faults",

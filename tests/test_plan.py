@@ -79,7 +79,7 @@ def test_the_report_adds_up():
         assert f"{sum(memory(level).values()):.2f} GiB  in all, recomputing {level}" in report
     assert "evaluations" not in report_of(train=train)
     assert "reference" not in report_of("dpo.loss=simpo", "dpo.beta=2", "dpo.margin=1", train=train)
-    assert "notus has not run on one yet" in report
+    assert "On several\n  GPUs nothing." in report
 
 
 @pytest.mark.parametrize("lengths", [AVERAGE, PROMPTS, ANSWERS], ids=str)
