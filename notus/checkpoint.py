@@ -186,8 +186,8 @@ class Checkpoints:
 
 
 class HostCopy(AsyncStager):
-    """A checkpoint's copy in host memory, whose pages the next one takes again. torch's DefaultStager would do, but that
-    of torch 2.11 and 2.12 is closed after one copy."""
+    """A checkpoint's copy in host memory, whose pages the next one takes again. torch's DefaultStager would do, but in
+    torch 2.11 and 2.12 it is closed after one copy."""
 
     _synchronize_after_execute = False
 
