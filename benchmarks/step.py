@@ -239,7 +239,7 @@ def gpu_flops(device: torch.device, size: int = 8192, products: int = 50) -> flo
 
 
 def profile_steps(run: Callable[[], object]) -> str:
-    """The ten dearest kernels of what `run` does, and the share of time in which the GPU had none."""
+    """The dearest operations and kernels of what `run` does, and the time in which the GPU had any."""
     with torch.profiler.profile() as profiler:
         run()
     kernels = sorted(
@@ -376,14 +376,15 @@ def main() -> None:
     if arguments.steps <= LEFT_OUT:
         parser.error(f"--steps is {arguments.steps}; the first {LEFT_OUT} do not count")
     world = distributed.start(arguments.device)
-    cuda, offs = world.device.type == "cuda", [arguments.off]
-    if arguments.ablate:
-        offs += [[switch] for switch in SWITCHES if cuda or switch != "--no-flash"]
-    variants = [(level, off) for off in offs for level in arguments.recompute]
+    cuda = world.device.type == "cuda"
+    if arguments.profile and not cuda:
+        parser.error("--profile needs a GPU")
+    ablated = [[switch] for switch in SWITCHES if cuda or switch != "--no-flash"] if arguments.ablate else []
+    variants = [(level, [*arguments.off, *off]) for off in ([], *ablated) for level in arguments.recompute]
     if cuda or len(variants) == 1:
         results = [measure(arguments, world, level, off) for level, off in variants]
     else:  # a process each, or the memory of one would count for the next
-        command = [argument for argument in sys.orig_argv if argument != "--ablate"]
+        command = [argument for argument in sys.orig_argv if argument not in ("--ablate", *SWITCHES)]
         outputs = [
             subprocess.run([*command, *off, "--recompute", level], stdout=subprocess.PIPE, text=True, check=True).stdout
             for level, off in variants

@@ -63,8 +63,6 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(max_workers=1)
         # Its own process group: the writing thread's collectives must not mix with those of training.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
-        # The copy in host memory, whose pages are taken once. It is not pinned: registering 7 GB a rank can fail, and
-        # would save a second of the minutes between two checkpoints.
         self._stager = HostCopy()
         self._pending: Future | None = None  # the checkpoint that is being completed
         self._full = False  # whether one could not be written for want of space, be it the disk's or a quota's
@@ -187,7 +185,8 @@ class Checkpoints:
 
 class HostCopy(AsyncStager):
     """A checkpoint's copy in host memory, whose pages the next one takes again. torch's DefaultStager would do, but in
-    torch 2.11 and 2.12 it is closed after one copy."""
+    torch 2.11 and 2.12 it is closed after one copy. It is not pinned: registering 7 GB a rank can fail, and would save
+    a second of the minutes between two checkpoints."""
 
     _synchronize_after_execute = False
 
