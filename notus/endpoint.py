@@ -47,6 +47,7 @@ class Server:
         self.url, self.model = url.rstrip("/") + "/chat/completions", model
         self.system_prompt, self.bos = system_prompt, bos
         self.concurrency, self.timeout = concurrency, timeout
+        self._limit = "max_tokens"
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     @property
@@ -99,7 +100,9 @@ class Server:
                 return self._post(request)
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code} {error.reason}: {_beginning(error)}"
-                if error.code not in WORTH_ANOTHER_TRY:
+                if "'max_completion_tokens' instead" in reason:  # as OpenAI's reasoning models call it
+                    self._limit, pause = "max_completion_tokens", 0.0
+                elif error.code not in WORTH_ANOTHER_TRY:
                     pause = None
             except (OSError, HTTPException, ValueError) as error:  # no connection, no time left, not an answer
                 reason = f"{getattr(error, 'reason', None) or error or type(error).__name__}"
@@ -114,7 +117,7 @@ class Server:
     def _post(self, request: Request) -> Answer:
         body = {
             "model": self.model, "messages": with_system_turn(request.messages, self.system_prompt),
-            "max_tokens": request.max_new_tokens, "temperature": request.temperature, "top_p": request.top_p,
+            self._limit: request.max_new_tokens, "temperature": request.temperature, "top_p": request.top_p,
             "seed": question_seed(request),
         }  # fmt: skip
         if self.bos is not None:

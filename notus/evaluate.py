@@ -350,12 +350,12 @@ def run_mtbench(
 
 
 def run_pairwise(
-    first: Path, second: Path, judge_url: str, judge_model: str, output: Path, max_new_tokens: int, seed: int,
-    concurrency: int, timeout: float,
+    first: Path, second: Path, judge_url: str, judge_model: str, output: Path, max_new_tokens: int, temperature: float,
+    seed: int, concurrency: int, timeout: float,
 ) -> list[str]:  # fmt: skip
     check_output(output)
     server = Server(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
-    judged = judge.judge_pairs(server, first, second, output, max_new_tokens, seed)
+    judged = judge.judge_pairs(server, first, second, output, max_new_tokens, temperature, seed)
     return [*judge.describe_judged(judged, str(first), str(second)), f"prompts and verdicts: {output}"]
 
 
@@ -483,6 +483,9 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, required=True, metavar="FILE.jsonl", help="keeps prompts and verdicts; may be resumed"
     )
     command.add_argument("--max-new-tokens", type=positive(int), default=2048, metavar="N", help="default: 2048")
+    command.add_argument(
+        "--temperature", type=positive(float, zero=True), default=0.0, metavar="T", help="default: 0, as MT-Bench"
+    )
 
     command = commands.add_parser("winrate", **about, help="count AlpacaEval's annotations")
     command.set_defaults(run=judge.describe_annotations)

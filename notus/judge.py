@@ -64,8 +64,9 @@ def read_outputs(path: Path) -> dict[tuple[str, int], str]:
 
 
 def judge_pairs(
-    judge: Source, first: Path, second: Path, verdicts: Path, max_new_tokens: int = 2048, seed: int = 0
-) -> Judged:
+    judge: Source, first: Path, second: Path, verdicts: Path, max_new_tokens: int = 2048, temperature: float = 0.0,
+    seed: int = 0,
+) -> Judged:  # fmt: skip
     """Ask the judge about the answers in two files of the same questions. `verdicts` keeps prompts and replies."""
     ours, theirs = read_outputs(second), read_outputs(first)
     if odd := ours.keys() ^ theirs.keys():
@@ -74,7 +75,7 @@ def judge_pairs(
     asked = [key for key in ours if ours[key] != theirs[key]]
     requests = [
         Request(f"{number} {order}", [{"role": "system", "content": SYSTEM},
-                {"role": "user", "content": USER.format(key[0], *answers)}], max_new_tokens, seed=seed)
+                {"role": "user", "content": USER.format(key[0], *answers)}], max_new_tokens, temperature, seed=seed)
         for number, key in enumerate(asked, 1)
         for order, answers in (("AB", (theirs[key], ours[key])), ("BA", (ours[key], theirs[key])))
     ]  # fmt: skip

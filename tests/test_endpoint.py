@@ -143,6 +143,20 @@ def test_what_cannot_pass_is_tried_once(serve, status):
     assert len(fake.bodies) == 1 and not elsewhere.bodies  # a redirect is not followed: it would carry the key
 
 
+def test_a_model_that_wants_the_limit_by_its_newer_name(serve):
+    def reasoning(handler, body, number):
+        if "max_tokens" in body:
+            message = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+            return reply(handler, {"error": {"message": message, "param": "max_tokens"}}, 400)
+        return echo(handler, body, number)
+
+    fake = serve(reasoning)
+    server = Server(fake.url, "m", concurrency=1)
+    assert len(dict(server.ask(requests(3, max_new_tokens=50)))) == 3
+    assert [body.get("max_tokens", 0) for body in fake.bodies] == [50, 0, 0, 0]  # asked once, and remembered
+    assert all(body["max_completion_tokens"] == 50 for body in fake.bodies[1:])
+
+
 def test_a_server_that_stalls_or_trickles(serve):
     def trickle(handler, *_):
         handler.send_response(200)

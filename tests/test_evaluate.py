@@ -448,13 +448,14 @@ def test_pairwise(serve, tmp_path, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     verdicts = tmp_path / "verdicts.jsonl"
     command = ("pairwise", tmp_path / "a.json", tmp_path / "b.json", "--judge", server.url, "--judge-model", "j",
-               "--output", verdicts)  # fmt: skip
+               "--output", verdicts, "--temperature", 1)  # fmt: skip
     for _ in range(2):  # the second time nothing is asked
         assert main([*map(str, command)]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[1].startswith("win rate            66.7%  95 % interval 0.0% to 100.0%")
         assert lines[-1] == f"prompts and verdicts: {verdicts}"
-        assert len(server.bodies) == 6 and server.bodies[0]["max_tokens"] == 2048
+        assert len(server.bodies) == 6
+        assert all((body["max_tokens"], body["temperature"]) == (2048, 1) for body in server.bodies)
 
 
 def test_winrate(tmp_path, capsys):
