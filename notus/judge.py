@@ -17,6 +17,7 @@ import numpy as np
 
 from notus.answers import Request, Source, answer_all
 from notus.rows import check_text, read_records
+from notus.slices import wilson
 
 # MT-Bench's prompt for pairs (Zheng et al. 2023, arXiv:2306.05685, figure 5).
 SYSTEM = (
@@ -222,8 +223,10 @@ def by_subset(names: Sequence[str], values: np.ndarray, what: str) -> list[str]:
     """Lines with the mean of values (N,) for each name. RewardBench's subsets get the means of its sections as well:
     over the pairs of a section, but mathematics counts as much as code, and over the four sections."""
     subsets = {name: values[[i for i, other in enumerate(names) if other == name]] for name in sorted(set(names))}
-    lines = [f"{what} by subset"] if len(subsets) > 1 else []
-    lines += [f"  {name:22}  {mine.mean():6.1%}  of {len(mine):,}" for name, mine in subsets.items() if lines]
+    lines = [f"{what} by subset, 95 % interval"] if len(subsets) > 1 else []
+    for name, mine in subsets.items() if lines else ():
+        low, high = wilson(mean := mine.mean(), len(mine))
+        lines.append(f"  {name:22}  {mean:6.1%}  {low:6.1%} to {high:6.1%}  of {len(mine):,}")
     if subsets.keys() <= {name for section in REWARDBENCH.values() for name in section}:
         means = sections(subsets)
         lines += [f"{what} by section", *(f"  {name:22}  {mean:6.1%}" for name, mean in means.items())]

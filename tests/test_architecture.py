@@ -17,13 +17,13 @@ ORDER = [  # a file imports only from files above it
     *("run", "reference"),
 ]
 LEAVES = [  # only train.py imports them
-    *("report", "card", "plan", "generate", "answers", "endpoint", "outputs", "judge", "slices"),
+    *("report", "card", "plan", "generate", "answers", "endpoint", "outputs", "slices", "judge"),
     *("evaluate", "plot", "demo"),
     "explain",
 ]
 EXCEPT = {  # of the leaves
     "report": {"card", "plan", "slices", "plot"}, "explain": {"demo"},
-    "answers": {"generate"}, "endpoint": {"answers"}, "outputs": {"answers"}, "judge": {"answers"},
+    "answers": {"generate"}, "endpoint": {"answers"}, "outputs": {"answers"}, "judge": {"answers", "slices"},
     "evaluate": {"generate", "answers", "endpoint", "outputs", "judge", "slices"},
 }  # fmt: skip
 

@@ -361,11 +361,11 @@ def test_preferences_by_subset_and_by_rewardbenchs_sections(models, tmp_path, ca
     report = capsys.readouterr().out
     assert report.startswith(plain)
     assert report.removeprefix(plain).splitlines() == [
-        "accuracy by subset",
-        "  donotanswer              66.7%  of 3",
-        "  hep-cpp                 100.0%  of 1",
-        "  hep-go                  100.0%  of 1",
-        "  math-prm                 50.0%  of 2",
+        "accuracy by subset, 95 % interval",
+        "  donotanswer              66.7%   20.8% to  93.9%  of 3",
+        "  hep-cpp                 100.0%   20.7% to 100.0%  of 1",
+        "  hep-go                  100.0%   20.7% to 100.0%  of 1",
+        "  math-prm                 50.0%    9.5% to  90.5%  of 2",
         "accuracy by section",
         "  Safety                   66.7%",
         "  Reasoning                75.0%",

@@ -229,9 +229,9 @@ def test_win_rates_by_subset(tmp_path):
             {"preference": float("nan"), "dataset": "vicuna"}]  # fmt: skip
     assert describe_annotations(annotations(tmp_path / "a.json", *rows))[2:] == [
         "1 won, 1 drawn, 1 lost, 1 left out (null)",
-        "win rate by subset",
-        "  koala                    50.0%  of 2",
-        "  no dataset               50.0%  of 1",
+        "win rate by subset, 95 % interval",
+        "  koala                    50.0%    9.5% to  90.5%  of 2",
+        "  no dataset               50.0%    5.5% to  94.5%  of 1",
     ]
 
 
@@ -286,7 +286,7 @@ def test_the_sections_are_rewardbenchs():
 
 def test_other_subsets_have_no_sections():
     assert by_subset(["a", "b", "a"], np.array([1.0, 0.0, 0.0]), "accuracy") == [
-        "accuracy by subset",
-        "  a                        50.0%  of 2",
-        "  b                         0.0%  of 1",
+        "accuracy by subset, 95 % interval",
+        "  a                        50.0%    9.5% to  90.5%  of 2",
+        "  b                         0.0%    0.0% to  79.3%  of 1",
     ]
