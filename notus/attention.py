@@ -81,15 +81,15 @@ class PackedAttention:
 
     def at_once(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The kernel aligns its causal mask to the lower right: the last query with the last key, as drawn above."""
-        rows, query_ends, key_ends, longest_query, longest_key = self._layout or self._lay_out()
+        rows, query_ends, key_ends, most_queries, most_keys = self._layout or self._lay_out()
         left = -1 if self.window is None else self.window - 1  # keys before one's own
-        sizes = query_ends, key_ends, longest_query, longest_key
+        sizes = query_ends, key_ends, most_queries, most_keys
         out = varlen_attn(query, key[rows], value[rows], *sizes, window_size=(left, 0), **GROUPED_HEADS)
         return cast(Tensor, out)  # it is a tuple only where the log-sum-exp is asked for too
 
     def _lay_out(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """Where in the stream each piece's keys are (all keys,), where the pieces end among queries and among keys,
-        beginning with 0 (pieces + 1,), and the longest piece's queries and keys."""
+        beginning with 0 (pieces + 1,), and bounds on a piece's queries and keys."""
         key_rows, key_sizes, start = [], [], 0
         for prompt, (first, *others) in ((prompt, answers or (0,)) for prompt, answers in self.segments):
             end = start + prompt + first
@@ -103,7 +103,8 @@ class PackedAttention:
         ends = (torch.from_numpy(np.cumsum([0, *sizes], dtype=np.int32)) for sizes in (self._pieces, key_sizes))
         tensors = torch.from_numpy(np.concatenate(key_rows)), *ends
         rows, query_ends, all_key_ends = (to_device(tensor, self.device) for tensor in tensors)
-        return rows, query_ends, all_key_ends, max(self._pieces), max(key_sizes)
+        # torch 2.15 asks whether the bound is above 128. It always is, or a layer would be compiled twice.
+        return rows, query_ends, all_key_ends, max(129, *self._pieces), max(key_sizes)
 
     def one_by_one(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         pieces = zip(*(x.split(self._pieces) for x in (query, key, value)), strict=True)

@@ -18,7 +18,7 @@ from notus import distributed
 from notus.attention import PackedAttention, sdpa
 from notus.lora import TARGETS, LoRA, add_lora
 from notus.lora import initialize as initialize_lora
-from notus.model import Mistral, pair_logps
+from notus.model import Mistral, pair_logps, stream_logps
 from notus.packing import pack, pack_pairs
 
 # With and without gradients, times the last layer and the others. In every second layer `half` recomputes otherwise.
@@ -176,4 +176,21 @@ def test_flash_attention_is_part_of_the_graph(level: str, window: int | None, mo
         assert (CALLS["forward"], CALLS["backward"]) == (4 if level == "full" else 2, 2)
     assert worst(*found) < 0.1
     assert num_graphs() == 2
+    assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("flash_on_cpu")
+@pytest.mark.parametrize(("level", "window"), [("none", None), ("half", 6)])
+def test_flash_attention_takes_streams_of_all_lengths_in_the_same_graphs(
+    level: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    """Pieces of 2 tokens, as of a rank without pairs, and around 128, where torch 2.15 chooses between kernels."""
+    config = tiny_config(num_hidden_layers=4, sliding_window=window)
+    model = compiled(monkeypatch, tiny_model(config, dtype=torch.bfloat16), level, "eager")
+    for size in (300, 0, 100, 128, 129, 1000, 3, 127, 400):
+        stream = pack([([1] * 5, [[1] * size, [2] * (size // 2 + 1)])] if size else [])
+        for has_gradient in (True, False):
+            with torch.set_grad_enabled(has_gradient):
+                stream_logps(model, stream)
+    assert num_graphs() == GRAPHS[level]
     assert not counters["graph_break"]
