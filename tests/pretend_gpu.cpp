@@ -1,5 +1,6 @@
-// To PyTorch built for CPUs, a GPU: it is named and counted, has streams, and computes nothing. Tensors of
-// FakeTensorMode can then be on it, and autograd runs over them as on a real one.
+// To PyTorch, a GPU: it is named and counted, has streams, and computes nothing. Tensors of FakeTensorMode can then be on
+// it, and autograd runs over them as on a real one. PyTorch built for CUDA has both of its own: hooks are kept by
+// priority, and of guards the last one.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -24,7 +25,10 @@ struct PretendGuard final : c10::impl::DeviceGuardImplInterface {
   void record(void**, const Stream&, DeviceIndex, c10::EventFlag) const override {}
   void block(void*, const Stream&) const override {}
 };
-C10_REGISTER_GUARD_IMPL(CUDA, PretendGuard)
+extern "C" void guard() {
+  static const PretendGuard guard;
+  c10::impl::DeviceGuardImplRegistrar registered(GPU.type(), &guard);
+}
 
 namespace at {
 struct PretendHooks final : CUDAHooksInterface {
@@ -36,5 +40,5 @@ struct PretendHooks final : CUDAHooksInterface {
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
   DeviceIndex deviceCount() const override { return 1; }
 };
-C10_REGISTER_TYPED_CLASS(CUDAHooksRegistry, "CUDAHooks", PretendHooks)
+C10_REGISTER_TYPED_CLASS_WITH_PRIORITY(CUDAHooksRegistry, "CUDAHooks", c10::REGISTRY_PREFERRED, PretendHooks)
 }  // namespace at

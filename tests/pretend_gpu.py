@@ -39,6 +39,8 @@ RANKS, GPU = 8, torch.device("cuda", 0)
 class Nothing:
     """A stream or an event: every method does nothing."""
 
+    stream_id, device_index, device_type = 0, 0, 1
+
     def __init__(self, *_, **__): ...
 
     def __getattr__(self, name: str):
@@ -69,6 +71,8 @@ def pretend() -> None:
     for name in ("Stream", "Event", "current_stream", "default_stream", "stream"):
         setattr(torch.cuda, name, Nothing)
     torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
+    torch.backends.cudnn.version = lambda: 92400
     torch.accelerator.is_available = lambda: False  # otherwise the compiler looks for its streams
     torch.Tensor.pin_memory = lambda tensor, *_: tensor  # there is no fake of it
     fake_impls.op_implementations_dict[READ] = read

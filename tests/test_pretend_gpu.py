@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from notus.losses import METRICS
 
@@ -22,11 +21,12 @@ if os.environ.get("WAYS") == "all":
 
 @pytest.fixture(scope="module")
 def steps() -> dict[tuple[str, str], dict]:
-    if shutil.which("g++") is None or torch.version.cuda is not None:
-        pytest.skip("needs g++ and PyTorch built for CPUs")
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
     work = [word for way in WAYS for word in way]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # a real GPU
     script = Path(__file__).with_name("pretend_gpu.py")
-    done = subprocess.run([sys.executable, str(script), *work], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), *work], capture_output=True, text=True, env=hidden)
     assert done.returncode == 0, done.stderr
     return dict(zip(WAYS, map(json.loads, done.stdout.splitlines()), strict=True))
 
