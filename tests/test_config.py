@@ -397,7 +397,7 @@ def test_a_beta_is_inherited_with_its_loss_only(tmp_path):
         ("[dpo]\nbeta = 0x" + "f" * 5000 + "\n", ":8: ", "dpo.beta is a whole number beyond 64 bits"),
         ("[dpo]\nbeta = " + "9" * 5000 + "\n", ": ", "a number has too many digits, or values are nested too deeply"),
         ("[dpo]\nbeta = " + "[" * 5000 + "\n", ": ", "a number has too many digits, or values are nested too deeply"),
-        ("[dpo.beta" + ".a" * 5000 + "]\n", ": ", "dpo.beta must be a number, not a dict too large to show"),
+        ("[dpo.beta" + ".a" * 5000 + "]\n", ": ", "dpo.beta must be a number, not "),  # a dict
     ],
 )
 def test_refusals_in_the_file(tmp_path, text, place, message):
