@@ -104,15 +104,17 @@ def train(config: Config, inputs: Inputs, world: distributed.World, run: Run) ->
     world.say(report.banner(run.facts, inputs, world, [*inputs.notes, *run.disk_notes(inputs)], first_step))
 
     # The policy: what is trained is float32, because at a learning rate of 5e-7 bfloat16 weights would hardly move.
-    level, offload = recomputation(config, inputs, world), config.distributed.cpu_offload
-    policy = partial(
-        load_sharded, inputs.base, world, dtype, offload, level, setup.compile, lora=run.lora, seed=setup.seed
-    )
+    level, parallel = recomputation(config, inputs, world), config.distributed
+    load = partial(
+        load_sharded, world=world, dtype=dtype, cpu_offload=parallel.cpu_offload,
+        reshard_after_forward=parallel.reshard_after_forward,
+    )  # fmt: skip
+    policy = partial(load, inputs.base, recompute=level, compile_layers=setup.compile, lora=run.lora, seed=setup.seed)
 
     # The reference is the policy itself before its first step (with LoRA, B = 0), so it is scored before any checkpoint
     # is loaded. Another model, by dpo.reference, is scored and gone before the policy is loaded.
     same = inputs.reference.dims == inputs.base.dims and run.facts["reference_sha256"] == run.facts["model_sha256"]
-    model = policy() if same else load_sharded(inputs.reference, world, dtype, offload, frozen=True)
+    model = policy() if same else load(inputs.reference, frozen=True)
 
     def stop_if_asked() -> None:
         if distributed.sum_over_ranks(torch.tensor(int(run.stop.received))) > 0:

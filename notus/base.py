@@ -178,7 +178,8 @@ def load_model(base: Base, device: torch.device, dtype: torch.dtype) -> Mistral:
 
 def load_sharded(
     base: Base, world: World, dtype: torch.dtype, cpu_offload: bool = False, recompute: str = "none",
-    compile_layers: bool = False, *, frozen: bool = False, lora: LoRA | None = None, seed: int = 0,
+    compile_layers: bool = False, *, reshard_after_forward: bool = True, frozen: bool = False,
+    lora: LoRA | None = None, seed: int = 0,
 ) -> Mistral:  # fmt: skip
     """The model for training, in float32 shards that compute in `dtype`. All ranks call.
 
@@ -196,7 +197,7 @@ def load_sharded(
     model.model.recompute = recompute
     if compile_layers:
         model.model.compile_layers()
-    shard(model, model.model.layers, world, dtype, cpu_offload)
+    shard(model, model.model.layers, world, dtype, cpu_offload, reshard_after_forward)
     load_weights(model, base.path, torch.device("cpu") if cpu_offload else world.device)
     if lora:
         initialize(model, seed)

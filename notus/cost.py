@@ -206,6 +206,7 @@ class Job:
     eval_steps: int
     lora: LoRA | None = None
     reference: bool = True  # whether the loss has one
+    reshard_after_forward: bool = True
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1 or self.num_gpus % self.replicate:
@@ -216,6 +217,11 @@ class Job:
     @property
     def shards(self) -> int:
         return self.num_gpus // self.replicate
+
+    @property
+    def times_gathered(self) -> int:
+        """A layer, in one micro-batch."""
+        return 2 if self.reshard_after_forward else 1
 
 
 def scored_share(lengths: np.ndarray) -> float:
@@ -246,12 +252,16 @@ def memory_gib(dims: MistralConfig, job: Job, scored: float, recompute: str) -> 
     activations = kept["none"] + sum(kept[level] for level in levels[:-1])  # bytes a token
     rows = scored * job.micro_batch_tokens  # rows of the head, R
     name = str(job.dtype).removeprefix("torch.")
+    stay = 0.0  # of the layers that are not counted as gathered
+    if not job.reshard_after_forward and (job.num_gpus > 1 or job.cpu_offload or not job.lora):
+        stay = size * (layers + adapter - 2 * (one_layer + one_adapter))
     parts = {
         **({f"frozen weights, {name} shard": size * frozen * held} if job.lora else {}),
         "weights, fp32 shard": 4 * trained * held,
         "gradients, fp32 shard": 4 * trained * held,
         f"{job.optimizer} state, fp32 shard": (8 if job.optimizer == "adamw" else 4) * trained * held,
         "gathered weights and gradients": gathered,
+        **({"layers that stay gathered": stay} if stay else {}),
         **(
             {"copies that come from the host": stored * max(rest, 2 * one_layer) / job.shards}
             if job.cpu_offload
@@ -282,13 +292,13 @@ def least_recomputation(dims: MistralConfig, job: Job, scored: float, device_gib
     return next((level for level in RECOMPUTE if needed[level] <= device_gib), "full")
 
 
-def traffic_bytes(dims: MistralConfig, num_gpus: int, dtype: torch.dtype, lora: LoRA | None = None) -> float:
-    """What a GPU receives in one micro-batch, as distributed.shard has it: layers gathered for forward and again for
-    backward, the rest once, in the compute dtype; all gradients reduced in float32."""
+def traffic_bytes(dims: MistralConfig, job: Job) -> float:
+    """What a GPU receives in one micro-batch, as distributed.shard has it: layers gathered for forward and, where they
+    were freed, again for backward, the rest once, in the compute dtype; all gradients reduced in float32."""
     layers, rest = num_parameters(dims)
-    adapter = num_adapter_parameters(dims, lora)
-    gathered = dtype.itemsize * (2 * (layers + adapter) + rest)
-    return (gathered + 4 * (adapter if lora else layers + rest)) * (num_gpus - 1) / num_gpus
+    adapter = num_adapter_parameters(dims, job.lora)
+    gathered = job.dtype.itemsize * (job.times_gathered * (layers + adapter) + rest)
+    return (gathered + 4 * (adapter if job.lora else layers + rest)) * (job.shards - 1) / job.shards
 
 
 def offload_bytes(dims: MistralConfig, job: Job) -> float:
@@ -300,7 +310,7 @@ def offload_bytes(dims: MistralConfig, job: Job) -> float:
     adapter = num_adapter_parameters(dims, job.lora)
     stored = job.dtype.itemsize if job.lora else 4
     trained = adapter if job.lora else layers + rest
-    return (stored * (2 * layers + rest) + 4 * 2 * adapter + 4 * trained) / job.shards
+    return (stored * (job.times_gathered * layers + rest) + 4 * job.times_gathered * adapter + 4 * trained) / job.shards
 
 
 def checkpoint_bytes(dims: MistralConfig, optimizer: str, lora: LoRA | None = None) -> int:

@@ -116,7 +116,7 @@ def describe_cost(
         return "\n".join(lines)
 
     # Hours on each GPU: a step takes the longest of its compute and its transfers; then the CPU's optimizer, if any.
-    moved = micro_batches * traffic_bytes(dims, job.shards, job.dtype, job.lora)  # bytes a step
+    moved = micro_batches * traffic_bytes(dims, job)  # bytes a step
     offloaded, on_host = micro_batches * offload_bytes(dims, job), host_seconds(dims, job)
     lines.append(
         "time        recomputing   GiB of   at MFU     time  pairs/s   s a step: compute, GPU links, host link, CPU"
@@ -176,6 +176,10 @@ def cures(dims: MistralConfig, job: Job, lengths: np.ndarray, device_gib: float)
 
     if cure := with_budget(job, ""):
         return cure
+    if not job.reshard_after_forward:
+        job = replace(job, reshard_after_forward=True)
+        if cure := with_budget(job, "distributed.reshard_after_forward=true"):
+            return cure
     offload = replace(job, cpu_offload=True)
     found = [with_budget(offload, "distributed.cpu_offload=true")]
     if not job.lora:

@@ -318,7 +318,10 @@ def fill(config: configuration.Config, rows: int) -> list[str]:
         raise ValueError(f"dpo.loss = {config.dpo.loss!r} has no reference to score")
     world = distributed.start(config.train.device, parallel.replicate, parallel.timeout_minutes)
     try:
-        model = load_sharded(inputs.reference, world, dtype, parallel.cpu_offload, frozen=True)
+        model = load_sharded(
+            inputs.reference, world, dtype, parallel.cpu_offload, frozen=True,
+            reshard_after_forward=parallel.reshard_after_forward,
+        )  # fmt: skip
         _, sentences = score_reference(
             model, {"pairs": inputs.train, "held-out pairs": inputs.test}, world,
             cache_dir=config.reference.cache_dir, model_sha256=digest(inputs.reference.path, world),

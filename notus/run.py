@@ -390,7 +390,8 @@ def job_of(config: Config, num_gpus: int) -> Job:
         num_gpus=num_gpus, replicate=config.distributed.replicate, dtype=getattr(torch, setup.compute_dtype),
         optimizer=setup.optimizer, micro_batch_tokens=setup.micro_batch_tokens,
         activation_checkpointing=setup.activation_checkpointing, compile=setup.compile,
-        cpu_offload=config.distributed.cpu_offload, num_train_epochs=setup.num_train_epochs,
+        cpu_offload=config.distributed.cpu_offload,
+        reshard_after_forward=config.distributed.reshard_after_forward, num_train_epochs=setup.num_train_epochs,
         pairs_per_step=setup.pairs_per_step, eval_steps=setup.eval_steps, lora=lora_of(configuration.flat(config)),
         reference=loss_of(configuration.flat(config)).member.reference,
     )  # fmt: skip

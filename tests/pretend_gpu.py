@@ -1,6 +1,6 @@
 """Whole training steps on a pretended GPU, rank 0 of 8, in a process of its own:
 
-    python tests/pretend_gpu.py LEVEL WAY ...      WAY: eager, compiled, offload, replicate, lora, or a+b
+    python tests/pretend_gpu.py LEVEL WAY ...      WAY: eager, compiled, offload, replicate, stay, lora, or a+b
 
 Tensors have device, dtype and shape and no numbers (FakeTensorMode), collectives have no network. So what is on the
 wrong device or of the wrong dtype fails here as it would on 8 GPUs. For each pair of LEVEL and WAY a line of JSON is
@@ -97,7 +97,7 @@ def one(level: str, ways: list[str]) -> dict[str, object]:
         model.model.compile_layers()
     with FakeTensorMode(allow_non_fake_inputs=True):
         streams = [pack_pairs(random_pairs(np.random.default_rng(0), 3, CONFIG.vocab_size)), pack_pairs([])]
-        distributed.shard(model, model.model.layers, world, torch.bfloat16, offload)
+        distributed.shard(model, model.model.layers, world, torch.bfloat16, offload, "stay" not in ways)
         model.to_empty(device="cpu" if offload else GPU)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(trained, "rmsprop", 1e-6, 0.0)

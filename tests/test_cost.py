@@ -265,11 +265,14 @@ class Traffic(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("level", RECOMPUTE)
-def test_a_simulated_step_of_fsdp2_takes_that_memory_and_traffic(level: str, lora: LoRA | None):
-    """Two layers of the 7B in bfloat16: tensors without numbers, collectives without a network. PyTorch's own tracker
-    finds at most what we estimate, and not much less. Traffic is exact."""
-    config, ranks, tokens, optimizer = replace(MISTRAL_7B, num_hidden_layers=2), 8, 8192, "rmsprop"
+@pytest.mark.parametrize(
+    ("level", "reshard"), [*((level, True) for level in RECOMPUTE), ("none", False), ("full", False)]
+)
+def test_a_simulated_step_of_fsdp2_takes_that_memory_and_traffic(level: str, reshard: bool, lora: LoRA | None):
+    """Layers of the 7B in bfloat16: tensors without numbers, collectives without a network. PyTorch's own tracker finds
+    at most what we estimate, and not much less. Traffic is exact."""
+    config = replace(MISTRAL_7B, num_hidden_layers=2 if reshard else 5)
+    ranks, tokens, optimizer = 8, 8192, "rmsprop"
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         world = World(0, ranks, torch.device("cpu"), init_device_mesh("cpu", (ranks,), mesh_dim_names=("shard",)))
@@ -278,7 +281,7 @@ def test_a_simulated_step_of_fsdp2_takes_that_memory_and_traffic(level: str, lor
             add_lora(model, lora, torch.bfloat16)
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.model.recompute = level
-            distributed.shard(model, model.model.layers, world, torch.bfloat16)
+            distributed.shard(model, model.model.layers, world, torch.bfloat16, reshard_after_forward=reshard)
             model.to_empty(device="cpu")
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimize = make_optimizer(trained, optimizer, 1e-5, weight_decay=0.0)
@@ -298,12 +301,14 @@ def test_a_simulated_step_of_fsdp2_takes_that_memory_and_traffic(level: str, lor
             peak = tracker.get_tracker_snapshot("peak")[world.device]["Total"]
     finally:
         dist.destroy_process_group()
-    assert traffic.bytes == traffic_bytes(config, ranks, torch.bfloat16, lora)
-    ours = sum(memory_gib(config, job(num_gpus=ranks, micro_batch_tokens=tokens, lora=lora), 0.8, level).values())
+    costs = job(num_gpus=ranks, micro_batch_tokens=tokens, lora=lora, reshard_after_forward=reshard)
+    assert traffic.bytes == traffic_bytes(config, costs)
+    ours = sum(memory_gib(config, costs, 0.8, level).values())
     of_norms = kept_on_cpu(config, torch.bfloat16, level, lora) - activation_bytes(
         config, torch.bfloat16, level, False, lora
     )
-    ours += 2 * of_norms * tokens / 2**30
+    ours += config.num_hidden_layers * of_norms * tokens / 2**30
+    print(f"{level}, {reshard}: {peak / 2**30:.2f} GiB, estimated {ours:.2f}")
     assert peak / 2**30 <= ours <= peak / 2**30 + 1.5
 
 
@@ -505,7 +510,7 @@ def test_gpus_that_cannot_hold_equal_copies_are_refused(num_gpus: int, replicate
 
 def test_a_copy_of_the_model_is_in_shards_on_the_gpus_of_its_group():
     assert [job(num_gpus=16, replicate=copies).shards for copies in (1, 2, 4, 16)] == [16, 8, 4, 1]
-    assert traffic_bytes(MISTRAL_7B, 1, torch.bfloat16) == 0
+    assert traffic_bytes(MISTRAL_7B, job(num_gpus=16, replicate=16)) == 0
 
 
 @pytest.mark.parametrize(

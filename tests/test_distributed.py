@@ -108,6 +108,23 @@ def check_offload(world: World) -> None:
     assert worst(whole_gradients(model), truth) < 1e-5
 
 
+def check_layers_that_stay_gathered(world: World) -> None:
+    """The same bits, after a pass without gradients that left the layers gathered, too."""
+    found = []
+    for freed in (True, False):
+        model = tiny_model(CONFIG, dtype=torch.float32)
+        shard(model, model.model.layers, world, torch.bfloat16, reshard_after_forward=freed)
+        with torch.no_grad():
+            loss_of(model, PAIRS)
+        gathered = [not isinstance(next(layer.parameters()), DTensor) for layer in model.model.layers]
+        assert gathered == [not freed] * len(gathered)
+        reshard(model)
+        loss_of(model, PAIRS).backward()
+        assert all(isinstance(parameter, DTensor) for parameter in model.model.layers.parameters())
+        found.append(whole_gradients(model))
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
 def check_empty_streams_add_exactly_nothing(world: World) -> None:
     model = tiny_model(CONFIG, dtype=torch.float32)
     shard(model, model.model.layers, world, torch.float32)
@@ -124,6 +141,7 @@ def two_ranks() -> None:
     check_gradients(world)
     check_empty_streams_add_exactly_nothing(world)
     check_offload(world)
+    check_layers_that_stay_gathered(world)
     distributed.stop()
 
 

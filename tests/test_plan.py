@@ -144,7 +144,7 @@ def test_time_is_flops_over_the_assumed_rate_where_compute_is_the_longer():
 
 def test_a_step_takes_as_long_as_its_traffic_where_that_is_longer():
     """Micro-batches of 100 tokens: 8 x 740 tokens a GPU are 60 of them."""
-    one = traffic_bytes(MISTRAL_7B, 8, torch.bfloat16)
+    one = traffic_bytes(MISTRAL_7B, job_of(configuration.load(RECIPE, []), 8))
     for micro_batches, tokens in ((1, 8192), (60, 100)):
         report = report_of(f"train.micro_batch_tokens={tokens}")
         assert f"5,920 a GPU and step, in {micro_batches} micro-batch" in report
@@ -158,7 +158,6 @@ def test_a_step_takes_as_long_as_its_traffic_where_that_is_longer():
 
 
 def test_one_gpu_sends_nothing_and_copies_of_the_model_gather_within_themselves():
-    assert traffic_bytes(MISTRAL_7B, 1, torch.bfloat16) == 0
     one, two = (report_of(f"distributed.replicate={copies}", num_gpus=8 * copies) for copies in (1, 2))
     assert [row[7] for row in rows(one).values()] == [row[7] for row in rows(two).values()]
     assert [row[:3] for row in rows(one).values()] == [row[:3] for row in rows(two).values()]
@@ -226,6 +225,18 @@ def test_smaller_micro_batches_come_first_because_they_change_nothing():
     kept = rows(report_of("train.activation_checkpointing=none"))["A100-40GB"][-1]
     assert kept == "does not fit; it would with train.activation_checkpointing=auto"
     assert fits(8, "A100-40GB", "train.activation_checkpointing=auto")
+
+
+def test_layers_that_stay_gathered_take_memory_and_save_traffic():
+    stay = "distributed.reshard_after_forward=false"
+    freed, kept = memory("none"), memory("none", stay)
+    layers, _ = num_parameters(MISTRAL_7B)
+    assert kept.pop("layers that stay gathered") == pytest.approx(2 * layers * 30 / 32 / 2**30) and kept == freed
+    links = [float(rows(report_of(*words))["A100-80GB"][7]) for words in ((), (stay,))]
+    assert links[0] - links[1] == pytest.approx(2 * layers * 7 / 8 / 300e9, abs=0.002)
+    sentence = rows(report_of(stay, "train.micro_batch_tokens=740", num_gpus=6))["RTX-4090"][-1]
+    assert sentence == f"does not fit; it would with {stay.replace('false', 'true')}"
+    assert "layers that stay gathered" not in memory("none", stay, "lora.rank=4", num_gpus=1)  # FSDP2 is not used
 
 
 def test_where_nothing_helps_that_is_said():

@@ -13,7 +13,7 @@ import pytest
 from notus.losses import METRICS
 
 WAYS = [  # each level and each way at least once; with WAYS=all in the environment, the rest too
-    ("none", "eager"), ("elementwise", "replicate"), ("full", "offload"), ("half", "compiled+offload+lora"),
+    ("none", "eager"), ("elementwise", "replicate+stay"), ("full", "offload"), ("half", "compiled+offload+lora"),
 ]  # fmt: skip
 if os.environ.get("WAYS") == "all":
     WAYS += [("half", "lora"), ("full", "compiled+offload"), ("none", "compiled"), ("elementwise", "compiled")]

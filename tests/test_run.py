@@ -457,11 +457,15 @@ def test_the_environment_is_what_it_takes_to_run_again(tmp_path: Path, monkeypat
 
 def test_the_cost_of_a_run_is_that_of_its_settings(settings: Config):
     changed = settings
-    for name in ("train.micro_batch_tokens", "train.pairs_per_step", "train.compile", "distributed.cpu_offload"):
+    for name in (
+        "train.micro_batch_tokens", "train.pairs_per_step", "train.compile", "distributed.cpu_offload",
+        "distributed.reshard_after_forward",
+    ):  # fmt: skip
         changed = with_setting(changed, name, another(configuration.flat(settings)[name]))
     job = job_of(with_setting(changed, "distributed.replicate", 2), 8)
     assert (job.num_gpus, job.replicate, job.dtype, job.optimizer) == (8, 2, torch.float32, "adamw")
     assert (job.micro_batch_tokens, job.pairs_per_step, job.compile, job.cpu_offload) == (16385, 3, True, True)
+    assert not job.reshard_after_forward
     alone, inputs = World(0, 1, torch.device("cpu"), None), read_inputs(settings)
     assert recomputation(settings, inputs, alone) == "none"  # without a GPU there is no need
     asked = with_setting(settings, "train.activation_checkpointing", "half")

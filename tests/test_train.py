@@ -429,7 +429,13 @@ def test_a_bfloat16_run_starts_at_log_2_within_its_rounding(run, finished: Path)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("setting", ["train.compile=false", "train.compile=true", "distributed.cpu_offload=true"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "train.compile=false", "train.compile=true", "distributed.cpu_offload=true",
+        "distributed.reshard_after_forward=false",
+    ],
+)  # fmt: skip
 def test_a_run_on_a_gpu_is_the_run_on_the_cpu_to_the_rounding_of_bfloat16(run, finished: Path, setting: str):
     out = run("train.device=cuda", "train.compute_dtype=bfloat16", setting)
     assert training(out)[0]["loss"] == pytest.approx(LOG2, abs=0.05)
