@@ -124,7 +124,8 @@ def shard(
     reshard_after_forward: bool = True,
 ) -> None:  # fmt: skip
     """FSDP2 (ZeRO-3), in place: each rank keeps 1/N of every parameter, its gradient and its optimizer state, in the
-    parameter's dtype. A layer's weights are gathered, in `compute_dtype`, just before it runs and freed after it.
+    parameter's dtype. A layer's weights are gathered, in `compute_dtype`, just before it runs and freed after it
+    (without `reshard_after_forward`, after its backward pass only).
 
     One process whose weights are in `compute_dtype` has nothing to split or cast, and is left as it is: FSDP2 would
     only cost 7 to 15 % of a step. LoRA's matrices are float32 and cast themselves. `cpu_offload` keeps shards,

@@ -47,7 +47,7 @@ class Server:
         self.url, self.model = url.rstrip("/") + "/chat/completions", model
         self.system_prompt, self.bos = system_prompt, bos
         self.concurrency, self.timeout = concurrency, timeout
-        self._limit = "max_tokens"
+        self._limit = "max_tokens"  # its name, until the server asks for another
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     @property
