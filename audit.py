@@ -111,6 +111,7 @@ class Entry(NamedTuple):
     where: str
     source: str
     prompt: str
+    question: str  # the prompt without a system turn, by which it is found elsewhere
     prompt_id: str
     answers: list[Answer]
     chosen: int | None  # places in `answers`; None if there is no pair
@@ -132,7 +133,7 @@ class Entry(NamedTuple):
 
 def holds_pairs(path: Path) -> bool:
     """Whether a file holds pairs, by its first row. CSV is left to notus/rows.py."""
-    if path.suffix == ".csv":
+    if path.name.lower().removesuffix(".gz").endswith(".csv"):
         return True
     with open(path, "rb") as packed:
         _, first = next(read_values(packed, path))
@@ -181,8 +182,9 @@ def raw_entry(where: str, value: Any, by: str, seed: int) -> Entry:
     for completion in () if isinstance(choice, Drop) else choice:  # binarize.py refuses half of a surrogate pair there
         "".join((record.source, completion.model, completion.response)).encode()
     return Entry(
-        where, record.source, record.instruction, prompt_id, answers, chosen, rejected, findings, disagreement, counts
-    )
+        where, record.source, record.instruction, record.instruction, prompt_id, answers, chosen, rejected, findings,
+        disagreement, counts,
+    )  # fmt: skip
 
 
 def place(completions: list[Completion], wanted: Completion) -> int:
@@ -219,6 +221,7 @@ def read_pair_entries(path: Path) -> Iterator[Entry]:
         single = [turn["role"] for turn in row.prompt if turn["role"] != "system"] == ["user"]
         prompt = "\n\n".join(turn["content"] if single else f"{turn['role']}: {turn['content']}" for turn in turns)
         instruction = row.prompt[-1]["content"] if single else prompt
+        question = "\n\n".join(turn["content"] for turn in turns if turn["role"] != "system")
         scores, models = (
             [next((value[key] for name in names if (key := name.format(side)) in value), None) for side in SIDES]
             for names in (SCORE_FIELDS, MODEL_FIELDS)
@@ -232,7 +235,8 @@ def read_pair_entries(path: Path) -> Iterator[Entry]:
         worse = best is not None and other is not None and best <= other
         findings = [("not preferred", f"{best:g} and {other:g}")] if worse else []
         source = text(value.get("source"))
-        yield Entry(where, source, prompt, prompt_id_of(instruction), answers, 0, 1, findings, None, Counter())
+        prompt_id = prompt_id_of(instruction)
+        yield Entry(where, source, prompt, question, prompt_id, answers, 0, 1, findings, None, Counter())
 
 
 def finite(score: Any) -> float | None:
@@ -338,10 +342,10 @@ class Heldout:
         self.grams: dict[str, set[tuple[str, ...]]] = {}
         for path in paths:
             for entry in read_entries(path):
-                if normal(entry.prompt) not in self.exact and (grams := ngrams(words(entry.prompt), 3)):
+                if normal(entry.question) not in self.exact and (grams := ngrams(words(entry.question), 3)):
                     self.grams[entry.where] = grams
                     self.lsh.insert(entry.where, self.signature(grams))
-                self.exact.setdefault(normal(entry.prompt), entry.where)
+                self.exact.setdefault(normal(entry.question), entry.where)
 
     def signature(self, grams: set[tuple[str, ...]]) -> Any:
         minhash = self.minhash.copy()
@@ -528,7 +532,9 @@ def mended(answer: Answer) -> list[Answer]:
 def all_ratings(answer: Answer) -> list[float]:
     """The ratings of at least two aspects, or nothing if one is missing."""
     ratings = [rating for rating, _ in answer.aspects.values()]
-    return [float(rating) for rating in ratings] if len(ratings) > 1 and not {"", "N/A"} & set(ratings) else []
+    if len(ratings) < 2 or {"", "N/A"} & set(ratings):
+        return []
+    return [float(rating.removesuffix("/5")) for rating in ratings]
 
 
 Judged = list[tuple[list[float], float]]  # (k ratings, score) of each answer of a record
@@ -600,12 +606,12 @@ class Audit:
         (folder / "records").mkdir(parents=True)
 
     def add(self, entry: Entry, findings: list[tuple[str, str]]) -> None:
-        digest = hashlib.sha256(normal(entry.prompt).encode(errors="surrogatepass")).digest()
+        digest = hashlib.sha256(normal(entry.question).encode(errors="surrogatepass")).digest()
         self.prompts[digest].append(len(self.rows))
-        self.counts += entry.counts
+        self.counts.update(entry.counts)
         self.counts["records"] += 1
         source = self.sources[entry.source]
-        source += entry.counts
+        source.update(entry.counts)
         source["records"] += 1
         if self.labels:
             self.labels.add(entry.answers)
@@ -739,7 +745,7 @@ def audit_files(
         for path in files:
             for entry in read_entries(path, by, seed):
                 found = entry.findings + text_findings(entry.answers)
-                audit.add(entry, found + [one for search in searches for one in search.findings(entry.prompt)])
+                audit.add(entry, found + [one for search in searches for one in search.findings(entry.question)])
         audit.finish()
         write_findings(new / "audit.jsonl", audit)
         write_page(new, audit)

@@ -18,6 +18,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from enum import StrEnum
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -83,7 +85,8 @@ def mean_rating(completion: dict[str, Any], weights: Mapping[str, float] | None 
         return None
     if not isinstance(annotations, dict):
         raise ValueError(f'"annotations" is {show(annotations)}, expected an object')
-    ratings, total = [], 0.0
+    ratings: list[float | Fraction] = []
+    total: int | Fraction = 0
     for aspect, note in annotations.items():
         if isinstance(note, list) and len(note) < 2:
             note = note[0] if note else None
@@ -93,10 +96,10 @@ def mean_rating(completion: dict[str, Any], weights: Mapping[str, float] | None 
             raise ValueError(f'annotation "{aspect}" is {show(note)}, expected an object with a "Rating"')
         rating = number(note.get("Rating"), f"{aspect} rating", 1, 5)
         if rating is not None:
-            weight = weights.get(aspect, 1) if weights else 1
-            ratings.append(weight * rating)
+            weight = Fraction(str(weights.get(aspect, 1))) if weights else 1  # exact, or rounding would break ties
+            ratings.append(weight * Fraction(rating) if weights else rating)
             total += weight
-    return sum(ratings) / total if total else None
+    return float(sum(ratings) / total) if total else None
 
 
 def choose_by_ratings(completions: list[Completion]) -> Choice | Drop:
@@ -191,7 +194,9 @@ def choose_all(
         return [choice]
     chosen, others = choice
     best = getattr(chosen, score)
-    candidates = [(getattr(other, score), other) for other in others if best - getattr(other, score) >= min_margin]
+    leads = [(getattr(other, score), other, best - getattr(other, score)) for other in others]
+    far = [lead for *_, lead in leads if lead >= min_margin or math.isclose(lead, min_margin)]  # 0.3 - 0.2 < 0.1
+    candidates = [(points, other) for points, other, lead in leads if lead in far]
     if not candidates:
         return [Drop.MARGIN]
     drawn = REJECTED[rejected](candidates, draw(seed, "rejected", prompt_id_of(record.instruction)))
@@ -758,12 +763,18 @@ def pairs_of(record: Record, options: Options, marks: Marks | None, counts: Coun
     if marks:
         marked = [marks.apply(record, choice) for choice in found]
         counts.update(f"mark {mark}" for mark, _ in marked)
-        found = [choice for _, choice in marked]
+        # A mark on a record that made no pair drops all pairs that it makes with another --rejected.
+        whole = any(
+            isinstance(made, Drop) and kept is Drop.MARKED for made, (_, kept) in zip(found, marked, strict=True)
+        )
+        found = [Drop.MARKED] if whole else [choice for _, choice in marked]
     picks = [choice for choice in found if not isinstance(choice, Drop)]
     if not picks:
         counts.update(drop for drop in found[:1] if isinstance(drop, Drop))
     else:
-        counts["left out"] += len(found) - len(picks)
+        marked_pairs = found.count(Drop.MARKED)
+        counts["marked pairs"] += marked_pairs
+        counts["left out"] += len(found) - len(picks) - marked_pairs
     made = [make_pair(record, *pick, options.by, options.system_prompt) for pick in picks]
     return [(pair["prompt_id"], (json.dumps(pair, ensure_ascii=False) + "\n").encode()) for pair in made]
 
@@ -825,7 +836,10 @@ def table(counts: Counter[str], written: dict[Path, int]) -> str:
     rows = [("records", records, 0)]  # name, count, and the count that it is a share of
     rows += [(f"  dropped: {drop}", counts[drop], records) for drop in Drop if drop not in ASKED_FOR or counts[drop]]
     optional = [(f"  marked {mark}", counts[f"mark {mark}"], records) for mark in MARKS if mark != "drop"]
-    optional += [("  rejected answers left out: empty, or equal to the chosen one", counts["left out"], 0)]
+    optional += [
+        ("  pairs marked drop, of records that keep others", counts["marked pairs"], 0),
+        ("  rejected answers left out: empty, or equal to the chosen one", counts["left out"], 0),
+    ]
     rows += [row for row in optional if row[1]]
     rows += [("pairs", pairs, records)]
     rows += [(f"  in {path}", count, pairs) for path, count in written.items()]

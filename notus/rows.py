@@ -44,7 +44,7 @@ ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
 # Fields that change what a model reads or says. A row that holds one is refused, because dropping it would train on
 # another text. Other unknown fields (ids, scores, sources) are metadata and are ignored.
-UNREAD_IN_ROWS = ("tools", "history", "images", "image", "audio", "videos", "documents")
+UNREAD_IN_ROWS = ("tools", "history", "images", "image", "audio", "audios", "video", "videos", "documents", "functions")
 UNREAD_IN_MESSAGES = (
     "tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "tools", "images",
 )  # fmt: skip
@@ -53,7 +53,9 @@ MARKERS = re.compile(
     r"<\|(?:system|user|assistant|im_start|start_header_id|start_of_role|turn)\|?>|\[/?INST\]|<<SYS>>|<start_of_turn>|"
     r"<｜(?:User|Assistant)｜>|\n\n(?:Human|Assistant):"
 )
-MESSAGES_IN_A_CELL = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:|\s*\{\s*"messages"\s*:""")
+MESSAGES_IN_A_CELL = re.compile(
+    r"""\s*(?:\[\s*\{\s*['"](?:role|content|from|value)|\{\s*['"](?:role|from|messages))['"]\s*:"""
+)
 
 
 class Row(NamedTuple):
@@ -93,8 +95,15 @@ def read_rows(sources: Iterable[str | Path | Mapping[str, Any]]) -> Iterator[Row
 
 
 def plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without arrays, which pandas makes of lists."""
-    return {key: value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()}
+    """A row without arrays, which pandas makes of lists, at any depth."""
+
+    def listed(value: Any) -> Any:
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if isinstance(value, dict):
+            return {key: listed(inner) for key, inner in value.items()}
+        return [listed(inner) for inner in value] if isinstance(value, list) else value
+
+    return {key: listed(value) for key, value in row.items()}
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -239,6 +248,11 @@ def parse_row(where: str, record: Any) -> Row:
             if all(message["content"] != record[key] for message in chosen[:-1]):
                 raise ValueError(f"{where}: prompt is {show(record[key])}, but no turn before the answers says that")
         elif chosen[: len(prompt)] != prompt:  # some files repeat the prompt in front of the answers
+            if whole and (prompt[-1]["role"] == "user" or chosen[0]["role"] == "system"):
+                raise ValueError(
+                    f"{where}: {answers[0]} is a whole conversation, but does not begin with {key}: {show(chosen[0])}, "
+                    f"not {show(prompt[0])}; leave {key} out, or make the two agree"
+                )
             chosen, rejected = prompt + chosen, prompt + rejected
     systems = [key for key in SYSTEMS if holds(record.get(key))]
     for key in systems:

@@ -73,9 +73,21 @@ function saveMarks() {
   } catch (error) {
     alert(`The browser cannot keep the marks (${error.name}). Download them before you close the page.`);
   }
+  showMarks();
+}
+
+function showMarks() {
   for (const row of table.getRows("visible")) row.reformat(); // a repeated pair has the same mark
   countMarks();
 }
+
+// Another tab has marked something.
+window.addEventListener("storage", (event) => {
+  if (event.key !== store) return;
+  marks.clear();
+  for (const [name, mark] of Object.entries(storedMarks())) marks.set(name, mark);
+  showMarks();
+});
 
 function countMarks() {
   const count = {};
@@ -395,7 +407,10 @@ table.on("tableBuilt", () => {
 });
 table.on("rowClick", (_, row) => show(row));
 byId("download").addEventListener("click", downloadMarks);
-byId("load").addEventListener("click", () => byId("file").click());
+byId("load").addEventListener("click", () => {
+  byId("file").value = ""; // or the same file, changed since, would not be read again
+  byId("file").click();
+});
 byId("file").addEventListener("change", (event) => event.target.files[0] && loadMarks(event.target.files[0]));
 byId("clear").addEventListener("click", () => {
   table.clearHeaderFilter();

@@ -433,6 +433,35 @@ def test_pairs_are_audited_in_every_shape_and_it_says_so(shape, tmp_path, capsys
     assert re.search(r"^flan +1 +1 +0.0%", out, re.M) and re.search(r"^y +1 +3.50 ", out, re.M)
 
 
+def test_a_system_turn_hides_no_prompt_that_is_elsewhere_too(tmp_path):
+    first, second = list(shapes("Which prime is even and why?", A, B))[:2]
+    system = {"role": "system", "content": "You are a careful assistant who answers at length."}
+    framed = {side: [system, *first[side]] for side in ("chosen", "rejected")}
+    test = write_lines(tmp_path / "test.jsonl", [framed])
+    for row in (framed, second):
+        out = tmp_path / "audit"
+        audit_files([write_lines(tmp_path / "a.jsonl", [framed, row])], out, test=[test], overwrite=True)
+        assert [one["reason"] for one in findings(out)].count("in the test set") == 2
+        assert [one["reason"] for one in findings(out)].count("repeated prompt") == 2
+
+
+def test_means_by_source_of_negative_scores(tmp_path, capsys):
+    rows = [next(shapes(f"p{i}", A, B)) | {"score_chosen": -1, "score_rejected": -3, "source": "s"} for i in range(10)]
+    assert run(write_lines(tmp_path / "pairs.jsonl", rows), "--output", tmp_path / "audit") == 0
+    assert re.search(r"^s +10 .* -2.00", capsys.readouterr().out, re.M)
+
+
+def test_ratings_out_of_five_are_ratings(tmp_path):
+    records = random_records(6)
+    for one in records:
+        for answer in one["completions"]:
+            for note in answer["annotations"].values():
+                note["Rating"] = f"{note['Rating']}/5" if note["Rating"] != "N/A" else "N/A"
+    plain = audit_files([write_lines(tmp_path / "plain.jsonl", random_records(6))], tmp_path / "a")
+    out_of_five = audit_files([write_lines(tmp_path / "five.jsonl", records)], tmp_path / "b")
+    assert [row[4:] for row in out_of_five.rows] == [row[4:] for row in plain.rows]
+
+
 def test_scores_that_are_no_numbers_are_left_out(tmp_path):
     scores = [float("nan"), float("inf"), True, "3", 10**400, None, 2]
     rows = [{"chosen_response": A, "rejected_response": B, "instruction": "p", "chosen_avg_rating": s} for s in scores]
@@ -842,6 +871,26 @@ def test_marks_are_loaded_again_and_those_of_another_set_are_not(opened, tmp_pat
     tab.wait_for_timeout(300)
     assert "other.jsonl is not loaded. no record here has this mark" in said[0]
     assert tab.inner_text("#marked") == "1 marked: 1 drop"
+    for kind in ("flip", "keep"):  # the same file, changed
+        write_lines(good, [mark(records[3], kind, audit.rows[3][-1])])
+        with tab.expect_file_chooser() as chooser:
+            tab.click("#load")
+        chooser.value.set_files(good)
+        shows(tab, "#marked", f"1 marked: 1 {kind}")
+
+
+def test_two_tabs_have_the_same_marks(opened, tmp_path):
+    audit_files([write_lines(tmp_path / "raw.jsonl", random_records(6))], tmp_path / "audit")
+    tab = opened(tmp_path / "audit")
+    other = tab.context.new_page()
+    other.goto(tab.url)
+    other.wait_for_selector(".answer")
+    press(tab, "d", "f")
+    shows(other, "#marked", "2 marked: 1 flip, 1 drop")
+    press(other, "ArrowDown", "ArrowDown", "k")
+    shows(tab, "#marked", "3 marked: 1 keep, 1 flip, 1 drop")
+    tab.reload()
+    shows(tab, "#marked", "3 marked: 1 keep, 1 flip, 1 drop")
 
 
 CONTRAST = """() => {

@@ -772,7 +772,8 @@ def test_rejected_and_margin_are_those_of_a_plain_loop(by, margin, tmp_path, cap
         ]
         answers = [answer for answer in answers if answer[0] is not None]
         best = max(answers, key=lambda answer: answer[0])
-        lower = [a for a in answers if a[1] != best[1] and best[0] - a[0] >= (margin or (by == "ratings") * 1e-9)]
+        least = (margin or (by == "ratings") * 2e-9) - 1e-9
+        lower = [a for a in answers if a[1] != best[1] and best[0] - a[0] >= least]
         too_close += not lower and (by != "ratings" or min(answers)[0] < best[0])
         for other in lower:
             expected.setdefault((one["instruction"], best[1]), []).append(other)
@@ -808,7 +809,7 @@ def test_all_rejected_leaves_out_unfit_answers_and_counts_them(tmp_path, capsys)
     assert table_of(capsys)["rejected answers left out: empty, or equal to the chosen one"] == 2
 
 
-def test_marks_fit_each_of_several_pairs(tmp_path):
+def test_marks_fit_each_of_several_pairs(tmp_path, capsys):
     raw, output = write_lines(tmp_path / "raw.jsonl", random_records(5)), tmp_path / "pairs.jsonl"
     assert run(raw, "--output", output, "--rejected", "all") == 0
     pairs = read(output)
@@ -818,6 +819,31 @@ def test_marks_fit_each_of_several_pairs(tmp_path):
     marks = write_lines(tmp_path / "marks.jsonl", [mark])
     assert run(raw, "--output", output, "--rejected", "all", "--curation", marks, "--overwrite") == 0
     assert read(output) == [pair for pair in pairs if pair != marked]
+    table = table_of(capsys)
+    assert table["pairs marked drop, of records that keep others"] == 1 and "left out" not in str(table)
+
+
+def test_a_record_that_was_dropped_without_a_pair_loses_all_that_it_makes(tmp_path):
+    answers = [completion(text, *[rating] * 4) for text, rating in (("best", "5"), ("best", "4"), ("worst", "3"))]
+    raw, output = write_lines(tmp_path / "raw.jsonl", [record("q", *answers), *random_records(2)]), tmp_path / "p.jsonl"
+    mark = {"prompt_id": script.prompt_id_of("q"), "mark": "drop", "pair": ""}
+    marks = write_lines(tmp_path / "marks.jsonl", [mark])
+    assert run(raw, "--output", output, "--rejected", "all") == 0
+    before = read(output)
+    assert run(raw, "--output", output, "--rejected", "all", "--curation", marks, "--overwrite") == 0
+    assert read(output) == [pair for pair in before if pair["prompt_id"] != mark["prompt_id"]] != before
+
+
+def test_a_lead_of_exactly_the_margin_and_a_tie_by_weights_are_seen_through_rounding(tmp_path):
+    scored = {"prompt": "q", "answers": ["a", "b"], "reward": [0.3, 0.2]}
+    raw, output = write_lines(tmp_path / "raw.jsonl", [scored]), tmp_path / "pairs.jsonl"
+    assert run(raw, "--output", output, "--scores", "reward", "--min-margin", 0.1) == 0
+    one, other = (
+        {"annotations": {name: {"Rating": str(rating)} for name, rating in zip(ASPECTS, ratings, strict=True)}}
+        for ratings in ((1, 1, 1, 3), (1, 2, 1, 2))
+    )
+    weights = {"honesty": 0.3, "helpfulness": 0.3}
+    assert mean_rating(one, weights) == mean_rating(other, weights) == 16 / 13
 
 
 def test_weights_are_those_of_numpys_average(tmp_path):

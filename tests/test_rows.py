@@ -176,6 +176,8 @@ def test_rows_of_a_notebook(tmp_path: Path):
     read = list(read_rows([STRINGS, array, write(tmp_path / "a.jsonl", STRINGS), SHAPES["argilla"]]))
     assert [row.where for row in read] == ["row 1", "row 2", f"{tmp_path / 'a.jsonl'}:1", "row 4"]
     assert [row[1:4] for row in read] == [ROW] * 4
+    deep = np.array([message | {"tool_calls": np.array([])} for message in SHAPES["implicit"]["chosen"]], dtype=object)
+    assert next(read_rows([SHAPES["implicit"] | {"chosen": deep}]))[1:4] == ROW
     assert refusal({"prompt": "Hi"}).startswith("row 1: 'chosen' is missing; the keys are 'prompt'")
     assert refusal(STRINGS | {"chosen": object()}).startswith(
         'row 1: chosen must be text or a list of messages, not "<o'
@@ -353,6 +355,8 @@ def write_csv(path: Path, *lines: list) -> Path:
 def test_csv_cells_are_text_empty_or_messages_as_json(tmp_path: Path, name: str):
     header = ["\ufeffprompt", "chosen", "rejected", "system", "input", "messages"]  # the last is not read
     chosen, rejected = (json.dumps([USER, answer]) for answer in (YES, NO))
+    alone = [json.dumps({"from": "gpt", "value": answer["content"]}) for answer in (YES, NO)]
+    assert next(read_rows([write_csv(tmp_path / f"one {name}", header[:3], ["Is 7 prime?", *alone])]))[1:4] == ROW
     lines = [
         ["Is 7 prime?", "Yes, it is.", "No.", "", "", "[{'role': 'user'}]"],
         [],
@@ -430,6 +434,24 @@ def changed(**values: object) -> dict:
 
 def nested(depth: int) -> list:
     return [nested(depth - 1)] if depth else []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "before"),
+    [
+        ([SYSTEM, USER], [USER]), ([USER], [SYSTEM, USER]), ([USER | {"content": "Is 7 prime? "}], [USER]),
+        ([USER], [*turns("Hi", "Hello."), USER]), ([*turns("Hi", "Hello."), USER], [USER]),
+    ],
+)  # fmt: skip
+def test_a_whole_conversation_that_does_not_begin_with_its_prompt_is_refused(prompt: list, before: list):
+    """Put together, the question would stand there twice, or a system turn after a user's."""
+    said = refusal({"prompt": prompt, "chosen": [*before, YES], "rejected": [*before, NO]})
+    assert said.startswith("row 1: chosen is a whole conversation, but does not begin with prompt: ")
+
+
+def test_a_conversation_may_go_on_where_its_prompt_ends():
+    row = next(read_rows([{"prompt": turns("Hi", "Hello."), "chosen": [USER, YES], "rejected": [USER, NO]}]))
+    assert row.prompt == [*turns("Hi", "Hello."), USER]
 
 
 RAW = {"instruction": "Hi", "source": "flan", "completions": [{"response": "Hello", "annotations": {}}]}
@@ -530,7 +552,9 @@ def test_a_bad_row_is_refused_with_its_file_line_and_value(tmp_path: Path, row: 
     assert said.startswith(f"{tmp_path / 'pairs.json'}: row 2: ") and message in said
 
 
-ROW_FIELDS = ("tools", "history", "images", "image", "audio", "videos", "documents")
+ROW_FIELDS = (
+    "tools", "history", "images", "image", "audio", "audios", "video", "videos", "documents", "functions",
+)  # fmt: skip
 MESSAGE_FIELDS = (
     "tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "tools", "images",
 )  # fmt: skip
