@@ -45,6 +45,8 @@ MAX_FILE_BYTES = 1 << 20  # of chat_template.jinja; the longest in use have abou
 # What `strftime_now` says. Llama 3.2's template writes this date itself where a program offers no `strftime_now`.
 TODAY = datetime(2024, 7, 26)
 
+OTHER_TOKENS = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")  # not passed to a template
+
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant" | "tool", "content": text}
 
 # Byte for byte the `chat_template` of zephyr-7b-sft-full, zephyr-7b-beta and notus-7b-v1.
@@ -224,6 +226,10 @@ def check_template(template: ChatTemplate, system_prompt: str | None, bos: bool)
     bos_token = template.bos_token
     if bos and bos_token and asked.removeprefix(bos_token).lstrip().startswith(bos_token):
         warnings.append(f"{origin} writes BOS {bos_token!r} where a prompt has one already: {asked[:40]!r}.")
+    if named := [name for name in OTHER_TOKENS if name in template.source]:
+        warnings.append(
+            f"{origin} names {' and '.join(named)}, empty here, while other tools write the token. Put its text there."
+        )
     if "strftime_now" in template.source:
         warnings.append(
             f"{origin} writes the day's date: here it is always {TODAY:%d %B %Y}, so that a text stays the same, while "

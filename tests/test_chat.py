@@ -415,6 +415,7 @@ NEWLINE_MORE = ZEPHYR_TEMPLATE.replace("{{ '<|assistant|>' }}", "{{ '<|assistant
         ("\n\n" + INST_TEMPLATE, None, "writes BOS '<s>' where a prompt has one already"),
         ("{{ bos_token }}" + INST_TEMPLATE, None, "writes BOS '<s>' where a prompt has one already"),
         (DATED_TEMPLATE, "", "writes the day's date: here it is always 26 July 2024"),
+        (ZEPHYR_TEMPLATE + "{{ pad_token }}", "", "names pad_token, empty here, while other tools write the token"),
     ],
 )  # fmt: skip
 def test_what_a_user_should_know(source: str, system_prompt: str | None, expected: str) -> None:
