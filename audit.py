@@ -473,7 +473,9 @@ class Labels:
         truth, mean, score, product = (sum(column) for column in zip(*groups, strict=True))
         if truth <= 0 or score <= 0:
             return None
-        return truth / mean if label == LABELS[0] else min(product**2 / (truth * score), 1.0)
+        if label == LABELS[0]:
+            return truth / mean
+        return min(max(product, 0.0) ** 2 / (truth * score), 1.0)  # a label that runs backwards teaches no truth
 
     def interval(self, plus: str, minus: str | None = None) -> tuple[float, float, float] | None:
         """A share, or the difference of two, and its 95 % interval by the delete-a-group jackknife."""

@@ -661,7 +661,7 @@ class Marks:
         if left := [mark for mark in self.found.values() if mark not in self.used]:
             raise ValueError(
                 f"{left[0].where}: the mark fits no record ({len(left)} of {len(self.found)} do not); the marks are of "
-                "another data set, or of pairs made with another --by or --seed"
+                "another data set, or of pairs made with another --by or --seed, or this command leaves the record out"
             )
 
 

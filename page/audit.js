@@ -205,7 +205,7 @@ const table = new Tabulator("#table", {
   columns: [
     { title: "#", field: "n", width: 60, hozAlign: "right", sorter: "number", formatter: (cell) => String(cell.getValue() + 1) },
     markColumn,
-    { title: "prompt", field: "prompt", minWidth: 150, widthGrow: 3, headerFilter: "input", headerFilterPlaceholder: "begins with, or has" },
+    { title: "prompt", field: "prompt", minWidth: 150, widthGrow: 3, headerFilter: "input", headerFilterPlaceholder: "of the first 160 characters" },
     {
       title: "reasons", field: "reasons", minWidth: 140, widthGrow: 2,
       headerFilter: choices(reasonCounts, "all"), headerFilterFunc: hasReason,

@@ -228,6 +228,14 @@ def test_an_error_that_aspects_share_passes_for_truth():
     assert labels.share("overall_score") == pytest.approx(0.5 * 1 / 1.25, abs=0.03)  # though it is 1 / 1.25
 
 
+def test_a_score_that_runs_backwards_holds_no_truth():
+    records = [
+        [answer._replace(overall_score=-answer.overall_score) for answer in answers]
+        for answers in factor_records(250, 0, error=0.5, score_error=0.5)
+    ]
+    assert labels_from(records).share("overall_score") == 0.0
+
+
 def test_the_share_of_the_ratings_is_cronbachs_alpha():
     records = list(factor_records(50, 1, k=5))
     table = np.array([[[float(r) for r, _ in a.aspects.values()] for a in answers] for answers in records])
